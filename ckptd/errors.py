@@ -156,6 +156,16 @@ class StepDead(CkptdError):
     grpc_code = "ABORTED"
 
 
+class Torn(StepDead):
+    """A tensor changed while it was copied: the snapshot is discarded."""
+
+    default_hint = "change it in optimizer.step(), or list it in fenced= and call fence() before"
+
+
+class CaptureBusy(StepDead):
+    """The snapshot before this one was still being captured."""
+
+
 class Superseded(CkptdError):
     grpc_code = "ABORTED"
 

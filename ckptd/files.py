@@ -6,6 +6,7 @@ function returns, what it made survives a power cut (``sync=False``, for memory 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,6 +55,19 @@ def write_new(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink()
     fsync_path(path.parent)
+
+
+def publish_folder(temporary: Path, folder: Path) -> bool:
+    """Give the finished and synced folder ``temporary`` its name, unless that is taken by a folder that is not empty:
+    then False, and both stay as they are."""
+    try:
+        os.rename(temporary, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    fsync_path(folder.parent)
+    return True
 
 
 def make_folders(path: Path, *, below: Path) -> None:

@@ -27,9 +27,7 @@ def encode_columns(index: ShardIndex) -> bytes:
         {"names": index.names, "segments": [[s.dtype, s.size_bytes] for s in index.segments], "dims": len(index.dims)},
         separators=(",", ":"),
     ).encode()
-    columns = b"".join(
-        np.ascontiguousarray(getattr(index, name), dtype=dtype).tobytes() for name, dtype in _COLUMNS
-    )
+    columns = b"".join(np.ascontiguousarray(getattr(index, name), dtype=dtype).tobytes() for name, dtype in _COLUMNS)
     return _HEAD.pack(MAGIC, VERSION, len(index.name_ids), len(head), len(columns)) + head + columns
 
 

@@ -97,9 +97,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             {
                 "rank": rank.rank,
                 "index": {"bytes": rank.index_bytes, "crc32c": rank.index_crc},
-                "arrays": [
-                    {"dtype": a.dtype, "bytes": a.size_bytes, "digest": a.digest} for a in rank.arrays
-                ],
+                "arrays": [{"dtype": a.dtype, "bytes": a.size_bytes, "digest": a.digest} for a in rank.arrays],
             }
             for rank in manifest.ranks
         ],

@@ -38,7 +38,8 @@ class SlotState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class SlotHeader:
-    """What a slot holds. ``parent`` is the snapshot this incarnation was restored from, or None."""
+    """What a slot holds. ``parent`` is the snapshot this incarnation was restored from, or None; ``generation`` counts
+    the uses of the file, so that a late writer cannot be taken for the present one."""
 
     run: str
     rank: int
@@ -51,6 +52,7 @@ class SlotHeader:
     is_persisted: bool
     sealed_at_s: float
     layout: SlotLayout
+    generation: int = 0
 
 
 def read_state(page: Buffer) -> SlotState | None:
@@ -99,7 +101,7 @@ def encode_header(header: SlotHeader, table_digest: int) -> bytes:
         layout.payload_bytes,
         (1 if header.is_persisted else 0) | (2 if header.parent is not None else 0),
         header.sealed_at_s,
-        0,
+        header.generation,
     )
     fields += b"".join(_SEGMENT.pack(DTYPE_CODE[s.dtype], s.size_bytes) for s in layout.segments)
     return fields + _CRC.pack(crc32c(fields + table_digest.to_bytes(4, "little")), table_digest)
@@ -130,7 +132,7 @@ def decode_header(page: Buffer, what: str) -> tuple[SlotHeader, int]:
         raise Corrupt(f"{what}: header does not match its CRC-32C")
     segments = _segments(page, count)
     (_, _, _, run, rank, world_size, uid, ordinal, ident, step, p_ordinal, p_id, p_step) = packed[:13]
-    index_bytes, index_crc, block_bytes, roster_version, payload_bytes, flags, sealed_at_s, _ = packed[13:]
+    index_bytes, index_crc, block_bytes, roster_version, payload_bytes, flags, sealed_at_s, generation = packed[13:]
     layout = SlotLayout.plan(index_bytes, segments, block_bytes)
     if layout.payload_bytes != payload_bytes:
         raise Corrupt(f"{what}: header: payload of {payload_bytes} bytes does not match its segments")
@@ -146,6 +148,7 @@ def decode_header(page: Buffer, what: str) -> tuple[SlotHeader, int]:
         is_persisted=bool(flags & 1),
         sealed_at_s=sealed_at_s,
         layout=layout,
+        generation=generation,
     )
     return header, table_digest
 

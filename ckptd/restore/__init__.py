@@ -1,0 +1,1 @@
+"""What exists, and which snapshot a restore should try first. Layer: above ``arena``; ``candidates`` is pure."""

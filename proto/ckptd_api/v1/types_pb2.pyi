@@ -275,10 +275,13 @@ class Watermarks(_message.Message):
     NOT_DURABLE_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
     ROSTER_VERSION_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     staged: _builtins.int
     protected: _builtins.int
     durable: _builtins.int
     roster_version: _builtins.int
+    draining: _builtins.int
+    """The step being drained to the tiers, while there is one."""
     @_builtins.property
     def dead(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepOutcome]: ...
     @_builtins.property
@@ -295,17 +298,22 @@ class Watermarks(_message.Message):
         not_durable: _abc.Iterable[Global___StepOutcome] | None = ...,
         schedule: _abc.Iterable[Global___ScheduleEntry] | None = ...,
         roster_version: _builtins.int = ...,
+        draining: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_durable", b"_durable", "_protected", b"_protected", "_staged", b"_staged", "durable", b"durable", "protected", b"protected", "staged", b"staged"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_protected", b"_protected", "_staged", b"_staged", "draining", b"draining", "durable", b"durable", "protected", b"protected", "staged", b"staged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable", b"_durable", "_protected", b"_protected", "_staged", b"_staged", "dead", b"dead", "durable", b"durable", "not_durable", b"not_durable", "protected", b"protected", "roster_version", b"roster_version", "schedule", b"schedule", "staged", b"staged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_protected", b"_protected", "_staged", b"_staged", "dead", b"dead", "draining", b"draining", "durable", b"durable", "not_durable", b"not_durable", "protected", b"protected", "roster_version", b"roster_version", "schedule", b"schedule", "staged", b"staged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__draining: _TypeAlias = _typing.Literal["draining"]  # noqa: Y015
+    _WhichOneofArgType__draining: _TypeAlias = _typing.Literal["_draining", b"_draining"]  # noqa: Y015
     _WhichOneofReturnType__durable: _TypeAlias = _typing.Literal["durable"]  # noqa: Y015
     _WhichOneofArgType__durable: _TypeAlias = _typing.Literal["_durable", b"_durable"]  # noqa: Y015
     _WhichOneofReturnType__protected: _TypeAlias = _typing.Literal["protected"]  # noqa: Y015
     _WhichOneofArgType__protected: _TypeAlias = _typing.Literal["_protected", b"_protected"]  # noqa: Y015
     _WhichOneofReturnType__staged: _TypeAlias = _typing.Literal["staged"]  # noqa: Y015
     _WhichOneofArgType__staged: _TypeAlias = _typing.Literal["_staged", b"_staged"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draining) -> _WhichOneofReturnType__draining | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__durable) -> _WhichOneofReturnType__durable | None: ...
     @_typing.overload

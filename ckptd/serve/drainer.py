@@ -1,0 +1,109 @@
+"""The drain: sealed slots of this node's ranks into the tiers, one shard after the other, on one thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import structlog
+from ckptd_api.v1 import coordinator_pb2 as pb
+
+from ckptd.arena.slot import Slot
+from ckptd.errors import CkptdError, Corrupt
+from ckptd.failpoints import failpoint
+from ckptd.format.blocks import find_corrupt_block
+from ckptd.metrics import Metrics
+from ckptd.model import SnapshotId
+from ckptd.tiers.tier import Tier
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """One rank's shard on its way to every tier; ``report`` takes what came of it."""
+
+    run: str
+    snapshot: SnapshotId
+    rank: int
+    slot: Slot
+    report: Callable[..., None]
+
+
+class Drainer:
+    """A queue of drains. The slot of each is leased by whoever queues it."""
+
+    def __init__(self, tiers: list[Tier], metrics: Metrics) -> None:
+        self._tiers = tiers
+        self._metrics = metrics
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="drain")
+        self._pending = 0
+        self._changed = threading.Condition()
+
+    def submit(self, drain: Drain) -> None:
+        with self._changed:
+            self._pending += 1
+            self._metrics.drains_queued.set(self._pending)
+        self._pool.submit(self._run, drain)
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """True once nothing is queued or under way."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._pending == 0, timeout_s)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, drain: Drain) -> None:
+        started = time.monotonic()
+        try:
+            progress = self._write(drain)
+        except CkptdError as error:
+            log.warning("drain given up", run=drain.run, rank=drain.rank, step=drain.snapshot.step, reason=str(error))
+            progress = [_failed(drain, str(error))]
+        except Exception as error:  # noqa: BLE001  a thread's boundary: the drain must end, with its reason
+            log.exception("drain failed", run=drain.run, rank=drain.rank, step=drain.snapshot.step)
+            progress = [_failed(drain, f"{type(error).__name__}: {error}")]
+        self._metrics.drain_seconds.labels(drain.run).observe(time.monotonic() - started)
+        try:
+            drain.report(*progress)
+        finally:
+            with self._changed:
+                self._pending -= 1
+                self._metrics.drains_queued.set(self._pending)
+                self._changed.notify_all()
+
+    def _write(self, drain: Drain) -> list[pb.Progress]:
+        slot, layout = drain.slot, drain.slot.sealed_header.layout
+        failpoint("drain.before")
+        block = find_corrupt_block(slot.payload, layout.block_bytes, slot.table)
+        if block is not None:
+            # Nothing rotten is ever written out as a good copy.
+            self._metrics.corrupt_total.labels(drain.run, "memory").inc()
+            raise Corrupt(f"slot {slot.id}: {slot.region_of(block)}: block {block} does not match its CRC-32C")
+        progress = []
+        for tier in self._tiers:
+            record = tier.write_rank(drain.run, drain.snapshot, drain.rank, layout, slot.payload, slot.table)
+            self._metrics.bytes_total.labels(drain.run, "drained").inc(layout.payload_bytes)
+            progress.append(
+                pb.Progress(
+                    rank=drain.rank,
+                    step=drain.snapshot.step,
+                    level=pb.LEVEL_DRAINED,
+                    tier=tier.spec.url,
+                    arrays=[
+                        pb.ArrayWritten(dtype=a.dtype, size_bytes=a.size_bytes, digest=a.digest) for a in record.arrays
+                    ],
+                    index_bytes=record.index_bytes,
+                    index_crc=record.index_crc,
+                )
+            )
+        failpoint("drain.after")
+        return progress
+
+
+def _failed(drain: Drain, reason: str) -> pb.Progress:
+    return pb.Progress(rank=drain.rank, step=drain.snapshot.step, level=pb.LEVEL_DRAIN_FAILED, reason=reason)

@@ -1,0 +1,115 @@
+"""The hand-over of slots: a second Unix socket that gives session tokens and file descriptors (SCM_RIGHTS).
+
+Frames are a 4-byte big-endian length and JSON. ``{"op": "session"}`` answers ``{"token", "instance"}``, the token bound to
+the uid the kernel reports (SO_PEERCRED). ``{"op": "slot", "token", "slot", "writable"}`` answers ``{"slot_bytes"}`` with
+the descriptor. Errors answer ``{"error": {"name", "message", "hint"}}``. Descriptors are opened afresh for every
+hand-over, so that locks and offsets are the receiver's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from ckptd.errors import CkptdError, InvalidRequest
+from ckptd.serve.sessions import Identity, Sessions
+
+_PEERCRED = struct.Struct("3i")
+_LENGTH = struct.Struct(">I")
+_MOST_BYTES: Final = 64 * 1024
+_IDLE_S: Final = 3600.0
+
+OpenSlot = Callable[[Identity, str, bool], tuple[int, int]]
+log = structlog.get_logger()
+
+
+class FdSocket:
+    """Serves the socket at ``path`` on threads of its own. ``open_slot(identity, id, writable)`` gives (fd, bytes)."""
+
+    def __init__(self, path: Path, sessions: Sessions, instance: int, open_slot: OpenSlot) -> None:
+        self._path = path
+        self._sessions = sessions
+        self._instance = instance
+        self._open_slot = open_slot
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def start(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._listener.bind(str(self._path))
+        # Anyone may ask for a session: what it may touch is decided by the uid behind it.
+        self._path.chmod(0o666)
+        self._listener.listen(128)
+        threading.Thread(target=self._accept, name="fd-socket", daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._converse, args=(connection,), name="fd-peer", daemon=True).start()
+
+    def _converse(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError, ValueError):  # a peer that goes away or talks nonsense costs nobody else
+            connection.settimeout(_IDLE_S)
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+            _, uid, _ = _PEERCRED.unpack(credentials)
+            identity = Identity(f"uid:{uid}", uid)
+            while (request := _receive(connection)) is not None:
+                self._answer(connection, identity, request)
+
+    def _answer(self, connection: socket.socket, identity: Identity, request: dict[str, Any]) -> None:
+        fds: list[int] = []
+        try:
+            if request.get("op") == "session":
+                reply: dict[str, Any] = {"token": self._sessions.open(identity), "instance": self._instance}
+            elif request.get("op") == "slot":
+                caller = self._sessions.identify(str(request.get("token")))
+                fd, size = self._open_slot(caller, str(request.get("slot")), bool(request.get("writable")))
+                fds, reply = [fd], {"slot_bytes": size}
+            else:
+                raise InvalidRequest(f"unknown operation {request.get('op')!r}")
+        except CkptdError as error:
+            reply = {"error": {"name": type(error).__name__, "message": error.message, "hint": error.hint}}
+        body = json.dumps(reply).encode()
+        try:
+            socket.send_fds(connection, [_LENGTH.pack(len(body)) + body], fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _receive(connection: socket.socket) -> dict[str, Any] | None:
+    head = _exactly(connection, _LENGTH.size)
+    if not head:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > _MOST_BYTES:
+        raise ValueError("frame too large")
+    value = json.loads(_exactly(connection, length))
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = connection.recv(count - len(data))
+        if not part:
+            return b""
+        data += part
+    return data

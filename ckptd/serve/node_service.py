@@ -1,0 +1,311 @@
+"""NodeService: what a training process asks of its daemon. Translates, checks who asks, and calls the node."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import grpc
+import structlog
+from ckptd_api.convert import incarnation_from_pb, roster_from_pb, snapshot_from_pb, snapshot_to_pb
+from ckptd_api.v1 import coordinator_pb2, node_pb2_grpc, types_pb2
+from ckptd_api.v1 import node_pb2 as pb
+
+import ckptd
+from ckptd.arena.slot import Slot
+from ckptd.errors import CkptdError, InstanceChanged, InvalidRequest, SlotNotReady, StepDead
+from ckptd.failpoints import failpoint
+from ckptd.format.blocks import HEADER_BYTES, SlotLayout
+from ckptd.format.slot import SlotHeader
+from ckptd.model import Segment, SnapshotId, check_run_name
+from ckptd.peers.pace import Pace, Wish
+from ckptd.restore.candidates import find_step, order_candidates
+from ckptd.restore.inventory import available, incarnations
+from ckptd.serve.bulk import receive
+from ckptd.serve.node import Node
+from ckptd.serve.node_run import NodeRun
+from ckptd.serve.rpc import caller
+from ckptd.serve.sessions import Identity
+from ckptd.tiers.tier import Tier
+
+_HEARTBEAT_S: Final = 1.0
+_READ_BYTES: Final = 2 * 1024 * 1024
+_MOST_RANKS: Final = 1 << 20
+log = structlog.get_logger()
+
+
+class NodeService(node_pb2_grpc.NodeServiceServicer):
+    """One method a call of the wire; errors become gRPC status in ``rpc.Boundary``."""
+
+    def __init__(self, node: Node, address: str, tcp_identity: Identity | None) -> None:
+        self._node = node
+        self._address = address
+        self._tcp_identity = tcp_identity
+
+    # --- session, membership ---------------------------------------------------------------------------------------
+    def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
+        """Over TCP: the client certificate's name stands for the uid; without TLS (loopback), the daemon's own uid."""
+        names = context.auth_context().get("x509_common_name", [])
+        if names:
+            identity = Identity(f"cert:{names[0].decode()}", 65534)
+        elif self._tcp_identity and not context.peer().startswith("unix:"):
+            identity = self._tcp_identity
+        else:
+            raise InvalidRequest("on a Unix socket the session comes from the fd socket beside it")
+        return pb.OpenSessionResponse(token=self._node.sessions.open(identity), instance=self._node.instance)
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:
+        node = self._node
+        return pb.DescribeResponse(
+            instance=node.instance,
+            node_id=node.node_id,
+            address=self._address,
+            domains=dict(d.split("=", 1) for d in node.settings.domains),
+            protect_max=node.settings.protect_max,
+            slots=node.settings.slots,
+            memory_bytes=node.settings.memory_bytes,
+            tiers=[tier.spec.url for tier in node.tiers],
+            version=ckptd.__version__,
+        )
+
+    def Survey(self, request: pb.SurveyRequest, context: grpc.ServicerContext) -> pb.SurveyResponse:
+        run = check_run_name(request.run)
+        self._check_if_known(run)
+        known = incarnations(self._node.records.get(run), self._node.tiers, run)
+        return pb.SurveyResponse(highest_ordinal=max((i.ordinal for i in known), default=0))
+
+    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
+        roster, incarnation = roster_from_pb(request.roster), incarnation_from_pb(request.incarnation)
+        if not 0 < roster.world_size <= _MOST_RANKS or request.rank >= roster.world_size:
+            raise InvalidRequest(f"rank {request.rank} is not in a roster of {roster.world_size}")
+        pace = Pace(_wish(request.every), _persist_wish(request.persist_every, self._node.tiers))
+        run = self._node.join(caller(), request.run, incarnation, roster, request.rank, request.pid, pace)
+        if request.estimated_bytes:
+            self._prepare(run, request.rank, request.estimated_bytes)
+        return pb.JoinResponse(instance=self._node.instance, watermarks=run.watermarks)
+
+    def _prepare(self, run: NodeRun, rank: int, estimated_bytes: int) -> None:
+        block_bytes = run.roster.block_bytes
+        needed = HEADER_BYTES + estimated_bytes + 8 * block_bytes
+        try:
+            self._node.arena.prepare(run.run, rank, needed, self._node.settings.slots)
+        except CkptdError as error:
+            # Not fatal: begin() will say the same of a real size.
+            log.warning("slots not prepared", run=run.run, rank=rank, reason=error.message)
+
+    def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchResponse]:
+        """Watermarks as they change, at least one a second. Its end without Leave is the death of the rank."""
+        run = self._run(request)
+        joined = run.ranks.get(request.rank)
+        seen = -1
+        try:
+            while context.is_active():
+                with run.changed:
+                    run.changed.wait_for(lambda: run.version != seen, _HEARTBEAT_S)
+                    seen, marks = run.version, run.watermarks
+                yield pb.WatchResponse(instance=self._node.instance, watermarks=marks)
+        finally:
+            if joined is not None and run.ranks.get(request.rank) is joined and joined.state == "joined":
+                log.warning("rank died", run=run.run, rank=request.rank, pid=joined.pid)
+                run.leave(request.rank, "dead")
+
+    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
+        run = self._run(request)
+        run.leave(request.rank, "left")
+        if run.has_ended:
+            self._node.end(run.run, run.incarnation)
+        return pb.LeaveResponse()
+
+    # --- save ------------------------------------------------------------------------------------------------------
+    def Begin(self, request: pb.BeginRequest, context: grpc.ServicerContext) -> pb.BeginResponse:
+        run = self._run(request)
+        failpoint("begin.before")
+        self._check_instance(request.instance)
+        if any(o.step == request.step for o in run.watermarks.dead):
+            raise StepDead(f"step {request.step} is dead: another rank could not take it")
+        # What this incarnation starts from is settled by its first save, if no restore settled it before.
+        if not self._node.records[run.run].incarnations[run.incarnation].is_decided:
+            self._node.decide(run.run, run.incarnation, None)
+        segments = [Segment(s.dtype, s.size_bytes) for s in request.segments]
+        layout = SlotLayout.plan(request.index_bytes, segments, run.roster.block_bytes)
+        header = SlotHeader(
+            run=run.run,
+            rank=request.rank,
+            world_size=run.roster.world_size,
+            uid=caller().uid,
+            snapshot=SnapshotId(run.incarnation, request.step),
+            parent=self._node.parent_of(run.run, run.incarnation),
+            roster_version=run.roster.version,
+            index_crc=0,
+            is_persisted=request.is_persisted,
+            sealed_at_s=0.0,
+            layout=layout,
+        )
+        try:
+            slot = self._node.arena.begin(header)
+        except SlotNotReady:
+            raise
+        except CkptdError as error:
+            self._node.metrics.skips_total.labels(run.run, type(error).__name__).inc()
+            run.report(run.dead(request.rank, request.step, type(error).__name__, error.message))
+            raise
+        run.report(_progress(request.rank, request.step, coordinator_pb2.LEVEL_BEGUN))
+        failpoint("begin.after")
+        return pb.BeginResponse(slot=slot.id, generation=slot.generation, slot_bytes=slot.capacity_bytes)
+
+    def Write(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> pb.WriteResponse:
+        """Raw WriteRequest messages, so that the payload is copied once, from the message into the slot."""
+        return pb.WriteResponse(written_bytes=receive(request_iterator, self._slot_to_write))
+
+    def _slot_to_write(self, slot_id: str, generation: int) -> Slot:
+        slot = self._node.arena.writing(slot_id, generation)
+        self._check_owner(slot)
+        return slot
+
+    def Seal(self, request: pb.SealRequest, context: grpc.ServicerContext) -> pb.SealResponse:
+        run = self._run(request)
+        started = time.monotonic()
+        slot = self._slot_to_write(request.slot, request.generation)
+        header = slot.seal(request.index_crc)
+        metrics = self._node.metrics
+        metrics.seal_seconds.labels(run.run).observe(time.monotonic() - started)
+        metrics.bytes_total.labels(run.run, "captured").inc(header.layout.payload_bytes)
+        failpoint("seal.before_report")
+        progress = _progress(request.rank, request.step, coordinator_pb2.LEVEL_STAGED)
+        progress.is_persisted = header.is_persisted
+        run.report(progress)
+        failpoint("seal.after_report")
+        return pb.SealResponse()
+
+    def Drop(self, request: pb.DropRequest, context: grpc.ServicerContext) -> pb.DropResponse:
+        run = self._run(request)
+        outcome = request.outcome
+        if request.slot:
+            self._node.arena.free(self._slot_to_write(request.slot, request.generation))
+        self._node.metrics.skips_total.labels(run.run, outcome.error or "StepDead").inc()
+        if outcome.error == "Torn":
+            self._node.metrics.torn_total.labels(run.run).inc()
+        run.report(run.dead(request.rank, outcome.step, outcome.error, outcome.reason))
+        return pb.DropResponse()
+
+    def ReportPace(self, request: pb.ReportPaceRequest, context: grpc.ServicerContext) -> pb.ReportPaceResponse:
+        run = self._run(request)
+        run.report_pace(request.rank, request.step, request.step_seconds, request.stall_seconds)
+        if request.stall_seconds >= 0:
+            self._node.metrics.stall_seconds.labels(run.run).observe(request.stall_seconds)
+        return pb.ReportPaceResponse()
+
+    # --- restore ---------------------------------------------------------------------------------------------------
+    def ListCandidates(
+        self, request: pb.ListCandidatesRequest, context: grpc.ServicerContext
+    ) -> pb.ListCandidatesResponse:
+        run = check_run_name(request.run)
+        self._check_if_known(run)
+        node = self._node
+        found = available(node.arena, node.tiers, run)
+        if request.source:
+            found = [a for a in found if request.source in a.sources]
+        known = incarnations(node.records.get(run), node.tiers, run)
+        ordered = order_candidates(found, known, incarnation_from_pb(request.incarnation))
+        if request.HasField("step"):
+            ordered = find_step(found, ordered, request.step)
+        return pb.ListCandidatesResponse(
+            candidates=[
+                pb.Candidate(snapshot=snapshot_to_pb(a.snapshot), world_size=a.world_size, sources=a.sources)
+                for a in ordered
+            ]
+        )
+
+    def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> pb.FetchResponse:
+        run = self._run(request)
+        snapshot, started = snapshot_from_pb(request.snapshot), time.monotonic()
+        failpoint("restore.before_fetch")
+        lease, source = self._node.fetcher.fetch(
+            run.run, snapshot, request.rank, request.world_size, request.source, caller().uid, run.holder(request.rank)
+        )
+        header = lease.slot.sealed_header
+        place = "memory" if source == "memory" else "tier"
+        metrics = self._node.metrics
+        metrics.restore_seconds.labels(run.run, place).observe(time.monotonic() - started)
+        metrics.bytes_total.labels(run.run, "restored").inc(header.layout.payload_bytes)
+        return pb.FetchResponse(
+            slot=lease.slot.id,
+            generation=lease.slot.generation,
+            slot_bytes=lease.slot.capacity_bytes,
+            lease=lease.id,
+            index_bytes=header.layout.index_bytes,
+            block_bytes=header.layout.block_bytes,
+            segments=[types_pb2.Segment(dtype=s.dtype, size_bytes=s.size_bytes) for s in header.layout.segments],
+            source=source,
+        )
+
+    def Decide(self, request: pb.DecideRequest, context: grpc.ServicerContext) -> pb.DecideResponse:
+        run = self._run(request)
+        parent = snapshot_from_pb(request.parent) if request.HasField("parent") else None
+        self._node.decide(run.run, run.incarnation, parent)
+        return pb.DecideResponse()
+
+    def Read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[pb.ReadResponse]:
+        slot = self._node.arena.leased(request.lease)
+        self._check_owner(slot)
+        end = min(request.offset + request.size_bytes, len(slot.payload))
+        for start in range(request.offset, end, _READ_BYTES):
+            self._node.arena.leased(request.lease)
+            yield pb.ReadResponse(data=bytes(slot.payload[start : min(start + _READ_BYTES, end)]))
+
+    def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseResponse:
+        self._check_owner(self._node.arena.leased(request.lease))
+        self._node.arena.release(request.lease)
+        return pb.ReleaseResponse()
+
+    # --- checks ----------------------------------------------------------------------------------------------------
+    def _run(
+        self,
+        request: pb.WatchRequest
+        | pb.BeginRequest
+        | pb.SealRequest
+        | pb.DropRequest
+        | pb.FetchRequest
+        | pb.DecideRequest
+        | pb.LeaveRequest
+        | pb.ReportPaceRequest,
+    ) -> NodeRun:
+        return self._node.node_run(caller(), request.run, incarnation_from_pb(request.incarnation))
+
+    def _check_instance(self, instance: int) -> None:
+        if instance != self._node.instance:
+            raise InstanceChanged("the daemon restarted: join again")
+
+    def _check_if_known(self, run: str) -> None:
+        record = self._node.records.get(run)
+        if record is not None:
+            self._node.sessions.check(caller(), record.owner, run)
+
+    def _check_owner(self, slot: Slot) -> None:
+        run, _ = self._node.arena.owner_of(slot)
+        self._node.record_for(caller(), run)
+
+
+def _progress(rank: int, step: int, level: coordinator_pb2.Level) -> coordinator_pb2.Progress:
+    return coordinator_pb2.Progress(rank=rank, step=step, level=level)
+
+
+def _wish(interval: types_pb2.Interval) -> Wish:
+    kind = interval.WhichOneof("value")
+    if kind == "steps":
+        return Wish("steps", interval.steps)
+    if kind == "seconds":
+        return Wish("seconds", interval.seconds)
+    return Wish("auto")
+
+
+def _persist_wish(interval: types_pb2.Interval, tiers: list[Tier]) -> Wish:
+    """What the caller asked for, else what the tiers say: the interval that serves all of them."""
+    if interval.WhichOneof("value"):
+        return _wish(interval)
+    specs = [tier.spec for tier in tiers]
+    if seconds := [spec.every_s for spec in specs if spec.every_s]:
+        return Wish("seconds", min(seconds))
+    return Wish("steps", math.gcd(*(spec.every_steps or 0 for spec in specs)) if specs else 0)

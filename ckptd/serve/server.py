@@ -1,0 +1,192 @@
+"""`ckptd serve`: sockets, services and signals round a node; returns when the daemon was asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import structlog
+from ckptd_api.v1 import coordinator_pb2, coordinator_pb2_grpc, node_pb2, node_pb2_grpc, operator_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from ckptd.config import Settings, fd_socket_path, parse_host_port
+from ckptd.errors import CkptdError, InvalidRequest, NotPermitted
+from ckptd.serve.fd_socket import FdSocket
+from ckptd.serve.http import serve_http
+from ckptd.serve.node import Node, open_tiers
+from ckptd.serve.node_service import NodeService
+from ckptd.serve.operator_service import OperatorService
+from ckptd.serve.rpc import Boundary, caller
+from ckptd.serve.sessions import Identity
+
+# Every rank holds one thread for its watch stream; threads are made as they are needed.
+_THREADS: Final = 512
+_OPTIONS: Final = [
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+]
+log = structlog.get_logger()
+
+
+class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    """Reports of other daemons to the coordinators here."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def Report(
+        self, request: coordinator_pb2.ReportRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.ReportResponse:
+        return coordinator_pb2.ReportResponse(watermarks=self._node.coordinate(caller(), request))
+
+
+class _RawWrites:
+    """Registers NodeService with Write taking its messages as bytes (``bulk`` decodes them with one copy less)."""
+
+    def __init__(self, server: grpc.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """The generated code registers every method twice; the registered ones below serve."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        write = handlers["Write"]
+        handlers["Write"] = grpc.stream_unary_rpc_method_handler(
+            write.stream_unary, None, node_pb2.WriteResponse.SerializeToString
+        )
+        self._server.add_registered_method_handlers(service, handlers)
+
+
+def serve(settings: Settings) -> int:
+    """Run the daemon until SIGTERM or SIGINT. Exit code 0, or 3 when drains were left to the next start."""
+    tiers = open_tiers(settings)
+    node = Node(settings, tiers)
+    node.open()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    socket_path = Path(settings.socket)
+    fd_socket = FdSocket(fd_socket_path(socket_path), node.sessions, node.instance, _slot_opener(node))
+    server, services_up = _grpc_server(settings, node, socket_path)
+    web = None
+    if settings.http:
+        web = serve_http(*parse_host_port(settings.http), _pages(node, services_up))
+    fd_socket.start()
+    server.start()
+    socket_path.chmod(0o660)
+    services_up.set("", health_pb2.HealthCheckResponse.SERVING)
+    log.info("serving", socket=str(socket_path), listen=settings.listen, http=settings.http, node=node.node_id)
+    _notify_ready()
+    stop.wait()
+    log.info("stopping", drain_deadline_s=settings.drain_deadline_s)
+    services_up.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    is_done = node.close(settings.drain_deadline_s)
+    server.stop(grace=0.5).wait()
+    fd_socket.close()
+    if web:
+        web.shutdown()
+    log.info("stopped", drains_finished=is_done)
+    return 0 if is_done else 3
+
+
+def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grpc.Server, health.HealthServicer]:
+    server = grpc.server(
+        ThreadPoolExecutor(_THREADS, thread_name_prefix="grpc"),
+        interceptors=[Boundary(node.sessions, node.metrics)],
+        options=_OPTIONS,
+    )
+    address = settings.advertise or settings.listen or ""
+    tcp_identity = Identity(f"uid:{os.getuid()}", os.getuid()) if settings.insecure else None
+    node_pb2_grpc.add_NodeServiceServicer_to_server(  # type: ignore[no-untyped-call]
+        NodeService(node, address, tcp_identity), _RawWrites(server)
+    )
+    operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(node, address), server)  # type: ignore[no-untyped-call]
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(CoordinatorService(node), server)  # type: ignore[no-untyped-call]
+    services_up = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(services_up, server)
+    socket_path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _check_socket_is_free(socket_path)
+    try:
+        server.add_insecure_port(f"unix:{socket_path}")
+        if settings.listen:
+            _listen(server, settings)
+    except RuntimeError as error:
+        raise InvalidRequest(f"cannot listen: {error}", "is the address free, and may this user bind it?") from error
+    return server, services_up
+
+
+def _check_socket_is_free(path: Path) -> None:
+    """Remove a socket that a dead daemon left; InvalidRequest when one still answers there."""
+    if not path.exists():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            return
+    raise InvalidRequest(f"another daemon answers at {path}", "stop it, or serve with another --socket")
+
+
+def _listen(server: grpc.Server, settings: Settings) -> None:
+    if settings.tls_cert and settings.tls_key and settings.tls_ca:
+        credentials = grpc.ssl_server_credentials(
+            [(settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())],
+            root_certificates=settings.tls_ca.read_bytes(),
+            require_client_auth=True,
+        )
+        server.add_secure_port(settings.listen, credentials)
+    else:
+        server.add_insecure_port(settings.listen)
+
+
+def _slot_opener(node: Node) -> Callable[[Identity, str, bool], tuple[int, int]]:
+    def open_slot(identity: Identity, slot_id: str, is_writable: bool) -> tuple[int, int]:
+        slot = node.arena.slot(slot_id)
+        run, _ = node.arena.owner_of(slot)
+        node.record_for(identity, run)
+        if is_writable and slot.state.name != "WRITING":
+            raise NotPermitted(f"slot {slot_id} is not being written")
+        # Writers get the descriptor once and keep it mapped from step to step; readers get a read-only one.
+        return os.open(slot.path, os.O_RDWR if is_writable else os.O_RDONLY), slot.capacity_bytes
+
+    return open_slot
+
+
+def _pages(node: Node, services_up: health.HealthServicer) -> dict[str, Callable[[], tuple[int, bytes, str]]]:
+    def metrics() -> tuple[int, bytes, str]:
+        body, kind = node.metrics.render()
+        return 200, body, kind
+
+    def ready() -> tuple[int, bytes, str]:
+        problems = []
+        for tier in node.tiers:
+            try:
+                tier.probe()
+            except CkptdError as error:
+                problems.append(str(error))
+        text = "\n".join(problems) or "ok"
+        return (503 if problems else 200), (text + "\n").encode(), "text/plain"
+
+    return {"/metrics": metrics, "/livez": lambda: (200, b"ok\n", "text/plain"), "/readyz": ready}
+
+
+def _notify_ready() -> None:
+    """Tell systemd (Type=notify), when it asked: sd_notify(3)."""
+    target = os.environ.get("NOTIFY_SOCKET")
+    if not target:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect("\0" + target[1:] if target.startswith("@") else target)
+        notify.send(b"READY=1")

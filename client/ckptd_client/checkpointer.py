@@ -1,0 +1,332 @@
+"""``Checkpointer``: what user code sees. Wires walk, plan, capture, link and restore together.
+
+Layer: the top of the client. Invariants: nothing of ours stops or blocks training beyond the fence's deadlines
+(``on_error="warn"``); a due step is captured or skipped with a reason, never silently.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import torch
+from ckptd_api.v1 import types_pb2
+
+from ckptd.errors import (
+    CaptureBusy,
+    CkptdError,
+    DaemonUnreachable,
+    InvalidRequest,
+    NoProtection,
+    NotPersisted,
+    NoTier,
+    RestoreUndecided,
+    StepDead,
+)
+from ckptd.format.tree import encode_tree
+from ckptd.model import check_run_name
+from ckptd_client.board import find_board
+from ckptd_client.capture import Capture
+from ckptd_client.daemon import Daemon, resolve_address
+from ckptd_client.engine import CaptureEngine
+from ckptd_client.hooks import OptimizerHooks
+from ckptd_client.link import Link
+from ckptd_client.membership import Meeting
+from ckptd_client.pending import Pending
+from ckptd_client.plan import Plan, plan_key
+from ckptd_client.restoring import Restoration
+from ckptd_client.snapshot import Restored, Snapshot
+from ckptd_client.state import FenceClass, Leaf, StateWalker, capture_rng, encode_torch, optimizers_in
+
+JOIN_S: Final = 10.0
+CLOSE_S: Final = 30.0
+TORN_ENV: Final = "CKPTD_TORN_CHECK"
+_PACE_S: Final = 1.0
+log = logging.getLogger("ckptd_client")
+
+
+class Checkpointer:
+    """Snapshots of ``state`` while it trains.
+
+    Args:
+        state: modules, optimizers, ``Stateful`` objects, schedulers or plain values by name; the same names on restore.
+        run: the training job across its restarts; default CKPTD_RUN, then TORCHELASTIC_RUN_ID when that names a job.
+        daemon: ``unix:///path`` or ``host:port``; default CKPTD_DAEMON, then the default sockets.
+        every: a snapshot every so many steps, or so much time, or "auto": lost time at most 1 % of training time, and
+            at least one snapshot every 10 minutes.
+        persist_every: the same for durable snapshots; None: as the daemon's tiers say.
+        protect: "k+m", "auto" or "off": parity on other nodes. A run of one node has none.
+        fenced: {name: tensors} that the caller's own code mutates (EMA weights): copied lazily, and the caller calls
+            ``fence()`` before mutating them.
+        timing: collect timings of collectives.
+        shadow: device memory that may be used so that a fence need not wait: "auto", bytes, 0.
+        on_error: "warn" logs what went wrong with a save; "raise" raises it from ``save()`` and ``step()``.
+
+    Raises:
+        InvalidRequest: no run name, or an argument that can never work.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        run: str | None = None,
+        daemon: str | None = None,
+        every: int | timedelta | Literal["auto"] = "auto",
+        persist_every: int | timedelta | None = None,
+        protect: str = "auto",
+        fenced: Mapping[str, Any] | None = None,
+        timing: bool = True,
+        shadow: int | Literal["auto"] = "auto",
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        if on_error not in ("warn", "raise"):
+            raise InvalidRequest(f"on_error={on_error!r} is not valid", 'use "warn" or "raise"')
+        if os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "0") in ("1", "true", "True"):
+            log.warning("GRPC_ENABLE_FORK_SUPPORT=1 hangs forked DataLoader workers: unset it or set it to 0")
+        self._run = resolve_run(run)
+        self._state = state
+        self._on_error = on_error
+        self._walker = StateWalker(state, fenced)
+        self._pending = Pending()
+        self._plan: Plan | None = None
+        self._restores = 0
+        self._last_step: int | None = None
+        self._last_step_at = 0.0
+        self._step_s: float | None = None
+        self._paced_at = 0.0
+        self._measured: Capture | None = None
+        self._is_closed = False
+        self._board, rank, world_size = find_board()
+        leaves = self._walker.walk().leaves
+        self._link = Link(
+            Daemon(resolve_address(daemon)),
+            Meeting(self._board, self._run, rank, world_size),
+            self._run,
+            _interval(every, "every"),
+            types_pb2.Interval() if persist_every is None else _interval(persist_every, "persist_every"),
+            protect,
+            estimate_bytes(leaves, state),
+            self._pending,
+            lambda: self._engine.forget_mappings(),
+        )
+        self._engine = CaptureEngine(self._link, is_pinned=any(leaf.tensor.is_cuda for leaf in leaves))
+        self._hooks = OptimizerHooks(optimizers_in(state), self._fence)
+        self._link.start()
+        if problem := self._link.wait_joined(JOIN_S):
+            log.warning("training goes on without snapshots: %s", problem)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- saving --------------------------------------------------------------------------------------------------
+    def step(self, step: int) -> Snapshot | None:
+        """Say that optimizer step ``step`` is done; the snapshot when the schedule has one due, else None."""
+        self._note_pace(step)
+        return self.save(step) if self._pending.schedule.is_due(step) else None
+
+    def save(self, step: int, persist: bool = False) -> Snapshot:
+        """Begin a snapshot of the state as it is after ``step`` and return at once. All ranks call it with the same
+        step. ``persist``: make it durable whatever the schedule says."""
+        snapshot = Snapshot(step)
+        started = time.monotonic()
+        try:
+            capture = self._capture(snapshot, persist)
+        except CkptdError as error:
+            self._skip(snapshot, error)
+            if self._on_error == "raise":
+                raise
+        except Exception as error:  # noqa: BLE001  whatever a state_dict() raises must not stop the training
+            problem = StepDead(f"the state cannot be captured: {type(error).__name__}: {error}")
+            self._skip(snapshot, problem)
+            if self._on_error == "raise":
+                raise problem from error
+        else:
+            capture.stall_s = time.monotonic() - started
+            self._measured = capture
+            self._engine.submit(capture)
+        return snapshot
+
+    def fence(self) -> None:
+        """Wait until every lazily copied tensor may be mutated: call it before changing what ``fenced`` lists."""
+        self._fence(None)
+
+    def restore(self, step: int | None = None, source: str | None = None) -> Restored | None:
+        """Put the newest snapshot (or ``step``) into the state, every byte checked; None only when every daemon and
+        every tier answered and none holds the run.
+
+        Args:
+            source: "memory", "tier" or a tier's URL; None: wherever it is first found whole.
+
+        Raises:
+            RestoreUndecided: it cannot be told whether a checkpoint exists, whatever ``on_error`` says.
+            StateMismatch: the state differs from the snapshot in name, shape or dtype; nothing was changed.
+            RestoreFailed: every copy of every candidate is broken.
+        """
+        if problem := self._link.wait_joined(JOIN_S):
+            raise RestoreUndecided(f"no answer from the daemon: {problem.message}")
+        self._restores += 1
+        try:
+            restored = Restoration(self._link, self._board, self._state, self._restores).run(step, source)
+        except CkptdError as error:
+            if error.is_retryable and not isinstance(error, RestoreUndecided):
+                raise RestoreUndecided(error.message) from error
+            raise
+        if restored:
+            log.info("restored %s", restored)
+        return restored
+
+    def close(self) -> None:
+        """Finish the capture under way and leave the run; the daemon goes on draining what is staged."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._engine.close(CLOSE_S)
+        self._hooks.detach()
+        self._link.close(CLOSE_S)
+        self._pending.close(DaemonUnreachable("the Checkpointer was closed before this was known", ""))
+
+    # --- inside --------------------------------------------------------------------------------------------------
+    def _capture(self, snapshot: Snapshot, persist: bool) -> Capture:
+        """Everything save() does on the training thread: walk, check the plan, clone the rest, encode the tree."""
+        step = snapshot.step
+        if self._is_closed:
+            raise StepDead(f"step {step}: the Checkpointer is closed")
+        if not isinstance(step, int) or step < 0:
+            raise InvalidRequest(f"step {step!r} is not a step number")
+        if problem := self._link.problem:
+            raise DaemonUnreachable(f"step {step} skipped: {problem.message}", problem.hint)
+        if self._engine.current is not None:
+            raise CaptureBusy(f"step {step} skipped: step {self._engine.current.snapshot.step} is still being captured")
+        walk = self._walker.walk()
+        leaves = walk.leaves
+        if self._plan is None or self._plan.key != plan_key(leaves):
+            self._plan = Plan(leaves)
+            self._log_plan(leaves)
+        tree = encode_tree({"state": walk.tree, "rng": capture_rng()}, encode_torch)
+        is_persisted = persist or self._pending.schedule.is_persisted(step)
+        capture = Capture(
+            snapshot,
+            self._plan,
+            leaves,
+            _sources(leaves),
+            self._plan.columns + tree,
+            is_persisted=is_persisted,
+            checks_all=os.environ.get(TORN_ENV) == "all",
+        )
+        self._settle_early(snapshot, is_persisted)
+        self._pending.add(snapshot)
+        return capture
+
+    def _settle_early(self, snapshot: Snapshot, is_persisted: bool) -> None:
+        """End the futures whose answer is known already."""
+        snapshot.protected.set_exception(NoProtection("the run has one node: there is no peer to hold parity"))
+        if not self._link.about.tiers:
+            snapshot.durable.set_exception(NoTier("the daemon has no tier"))
+        elif not is_persisted:
+            snapshot.durable.set_exception(NotPersisted(f"step {snapshot.step} is not due to become durable"))
+
+    def _skip(self, snapshot: Snapshot, error: CkptdError) -> None:
+        snapshot.skip(error)
+        self._engine.submit_drop(snapshot.step, error)
+        log.warning("snapshot of step %s skipped: %s", snapshot.step, error)
+
+    def _fence(self, optimizer: torch.optim.Optimizer | None) -> None:
+        capture = self._engine.current
+        if capture is not None:
+            capture.fence(optimizer)
+
+    def _note_pace(self, step: int) -> None:
+        """Measure the step time, and report it with the last stall about once a second."""
+        now = time.monotonic()
+        if self._last_step is not None and step == self._last_step + 1:
+            took_s = now - self._last_step_at
+            self._step_s = took_s if self._step_s is None else 0.8 * self._step_s + 0.2 * took_s
+            if now - self._paced_at > _PACE_S or self._paced_at == 0.0:
+                self._paced_at = now
+                measured = self._measured
+                self._engine.submit_pace(step, self._step_s, measured.stall_s if measured else -1.0)
+        self._last_step, self._last_step_at = step, now
+
+    def _log_plan(self, leaves: list[Leaf]) -> None:
+        sizes = dict.fromkeys(FenceClass, 0)
+        for leaf in leaves:
+            sizes[leaf.fence] += leaf.tensor.numel() * leaf.tensor.element_size()
+        log.info("capture plan: %s", ", ".join(f"{kind.value} {size} bytes" for kind, size in sizes.items()))
+
+
+def resolve_run(run: str | None) -> str:
+    """The run's name: the argument, else CKPTD_RUN, else TORCHELASTIC_RUN_ID unless that is torchrun's default (the
+    same for every job, or new at each launch); else InvalidRequest."""
+    if given := run or os.environ.get("CKPTD_RUN"):
+        return check_run_name(given)
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if elastic and elastic != "none" and not _is_uuid(elastic):
+        return check_run_name(elastic)
+    raise InvalidRequest(
+        "this training job has no run name", 'pass run="name", or set CKPTD_RUN: it must be the same at every restart'
+    )
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _interval(value: int | timedelta | str, name: str) -> types_pb2.Interval:
+    if value == "auto":
+        return types_pb2.Interval(automatic=True)
+    if isinstance(value, timedelta) and value > timedelta():
+        return types_pb2.Interval(seconds=value.total_seconds())
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return types_pb2.Interval(steps=value)
+    raise InvalidRequest(f"{name}={value!r} is not an interval", 'use a number of steps, a timedelta, or "auto"')
+
+
+def _sources(leaves: list[Leaf]) -> list[torch.Tensor]:
+    """Per leaf, what to copy from: the tensor itself, or for the rest a clone made now (on a device: on its compute
+    stream, without a wait of the host). Aliases share one clone."""
+    clones: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        return [
+            leaf.tensor if leaf.fence is not FenceClass.REST else _clone(leaf.tensor, clones) for leaf in leaves
+        ]
+
+
+def _clone(tensor: torch.Tensor, clones: dict[int, torch.Tensor]) -> torch.Tensor:
+    clone = clones.get(id(tensor))
+    if clone is None:
+        clone = clones[id(tensor)] = tensor.clone(memory_format=torch.contiguous_format)
+    return clone
+
+
+def estimate_bytes(leaves: list[Leaf], state: Mapping[str, Any]) -> int:
+    """Bytes of the state once every optimizer has made its own (Adam: two per parameter)."""
+    total = sum(leaf.tensor.numel() * leaf.tensor.element_size() for leaf in leaves)
+    for optimizer in optimizers_in(state):
+        if optimizer.state:
+            continue
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        of_parameters = sum(_local_bytes(p) for p in parameters)
+        name = type(optimizer).__name__
+        per_parameter = 2 if "Adam" in name else 1 if any(g.get("momentum") for g in optimizer.param_groups) else 0
+        total += per_parameter * of_parameters + (64 * len(parameters) if per_parameter else 0)
+    return total
+
+
+def _local_bytes(parameter: torch.Tensor) -> int:
+    local = getattr(parameter, "_local_tensor", parameter)
+    return int(local.numel() * local.element_size())

@@ -1,0 +1,85 @@
+"""Slots mapped into the trainer: the memory that captures are copied into.
+
+A mapping is kept from step to step, since mapping a slot anew costs a page fault per page. It is not inherited by forks
+(a DataLoader's workers), holds a shared record lock so that a restarted daemon knows the slot is in use, and is
+registered with CUDA when the trainer uses it (trap: once, in the background, in pieces).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckptd.format.blocks import HEADER_BYTES
+from ckptd.format.slot import write_mark
+
+_MADV_POPULATE_READ: Final = 22
+REGISTERED_PIECE_BYTES: Final = 1 << 30
+_libc = ctypes.CDLL(None, use_errno=True)
+Bytes = npt.NDArray[np.uint8]
+
+
+class MappedSlot:
+    """A slot file mapped shared and writable, from the descriptor the daemon handed over (which this owns)."""
+
+    def __init__(self, slot: str, fd: int, size_bytes: int) -> None:
+        self.slot = slot
+        self.size_bytes = size_bytes
+        self._fd = fd
+        fcntl.lockf(fd, fcntl.LOCK_SH)
+        self._map = mmap.mmap(fd, size_bytes)
+        self._map.madvise(mmap.MADV_DONTFORK)
+        self.bytes: Bytes = np.frombuffer(self._map, np.uint8)
+        self.page = memoryview(self._map)[:HEADER_BYTES]
+        self._registered: list[int] = []
+        populate(self.bytes)
+
+    def payload(self, payload_bytes: int) -> Bytes:
+        return self.bytes[HEADER_BYTES : HEADER_BYTES + payload_bytes]
+
+    def publish(self, written_bytes: int) -> None:
+        """Tell the daemon that the payload is written up to ``written_bytes``."""
+        write_mark(self.page, written_bytes)
+
+    def register(self) -> None:
+        """Pin the mapping for CUDA, in pieces; a copy must not cross one. Failure only makes copies slower."""
+        address = self.bytes.ctypes.data
+        for start in range(0, self.size_bytes, REGISTERED_PIECE_BYTES):
+            length = min(REGISTERED_PIECE_BYTES, self.size_bytes - start)
+            if int(torch.cuda.cudart().cudaHostRegister(address + start, length, 0)) != 0:  # type: ignore[no-untyped-call]
+                break
+            self._registered.append(address + start)
+
+    def close(self) -> None:
+        """Unpin, unlock and forget; the memory is unmapped when the last view of it is gone."""
+        for address in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        self._registered.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def map_readable(fd: int, size_bytes: int) -> Bytes:
+    """A private view of a sealed slot (closes ``fd``): writes to it would never reach the slot."""
+    try:
+        mapped = mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(fd)
+    mapped.madvise(mmap.MADV_DONTFORK)
+    view: Bytes = np.frombuffer(mapped, np.uint8)
+    populate(view)
+    return view
+
+
+def populate(view: Bytes) -> None:
+    """Fault all pages in with one call that does not hold the GIL; an old kernel's refusal only costs time later."""
+    arguments: tuple[Any, ...] = (ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.nbytes))
+    _libc.madvise(*arguments, _MADV_POPULATE_READ)

@@ -1,0 +1,63 @@
+"""What ``save()`` and ``restore()`` return."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptd.errors import CkptdError
+from ckptd.model import Incarnation
+
+Level = Literal["staged", "protected", "durable"]
+
+
+class Snapshot:
+    """One step's snapshot on its way. ``staged``, ``protected`` and ``durable`` are futures that resolve to the step
+    or fail with the reason (``StepDead``, ``NoTier``, ...); each of them ends. ``skipped`` is the reason when nothing
+    was captured, else None."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.skipped: str | None = None
+        self.staged: Future[int] = Future()
+        self.protected: Future[int] = Future()
+        self.durable: Future[int] = Future()
+
+    def wait(self, level: Level = "staged", timeout: float | None = None) -> int:
+        """Block until the snapshot is at ``level``; its error when it will never be, TimeoutError after ``timeout``."""
+        future: Future[int] = getattr(self, level)
+        return future.result(timeout)
+
+    def fail(self, error: CkptdError) -> None:
+        """Every future that is still open ends with ``error``."""
+        for future in (self.staged, self.protected, self.durable):
+            if not future.done():
+                future.set_exception(error)
+
+    def skip(self, error: CkptdError) -> None:
+        self.skipped = str(error)
+        self.fail(error)
+
+    @property
+    def is_settled(self) -> bool:
+        return self.staged.done() and self.protected.done() and self.durable.done()
+
+    def __repr__(self) -> str:
+        reached = [name for name in ("staged", "protected", "durable") if _succeeded(getattr(self, name))]
+        return f"Snapshot(step={self.step}, reached={reached}, skipped={self.skipped!r})"
+
+
+def _succeeded(future: Future[int]) -> bool:
+    return future.done() and future.exception() is None
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore applied: ``source`` is "memory" or a tier's URL; ``bytes`` are this rank's."""
+
+    step: int
+    incarnation: Incarnation
+    source: str
+    seconds: float
+    bytes: int
