@@ -145,7 +145,7 @@ class Arena:
         return slot
 
     def prepare(self, run: str, rank: int, slot_bytes: int, count: int) -> None:
-        """Start to make slots of ``slot_bytes`` until the rank has ``count`` that large; NoSlot when they cannot fit."""
+        """Start to make slots of ``slot_bytes`` until the rank has ``count`` of them; NoSlot when they never fit."""
         with self.lock:
             have = sum(s.capacity_bytes >= slot_bytes for s in self.slots_of(run, rank))
             for _ in range(count - have):

@@ -7,8 +7,10 @@ while: the seal does what is left, so followers are an optimisation and never a 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final
 
 from ckptd.arena.slot import Slot
@@ -17,13 +19,16 @@ from ckptd.format.slot import SlotState
 _POLL_S: Final = 0.0005
 _MAX_POLL_S: Final = 0.004
 _IDLE_S: Final = 1.0
+_NICE: Final = 10
 
 
 class Checksummer:
     """A bounded pool of followers, one task per slot being written."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._pool = ThreadPoolExecutor(threads or max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="checksum")
+        self._pool = ThreadPoolExecutor(
+            threads or max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="checksum", initializer=_yield_to_others
+        )
 
     @property
     def pool(self) -> ThreadPoolExecutor:
@@ -36,6 +41,12 @@ class Checksummer:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _yield_to_others() -> None:
+    """On Linux a thread has a nice value of its own: where cores are short, training and copies go first."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _follow(slot: Slot, generation: int) -> None:

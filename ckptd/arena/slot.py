@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import itertools
 import mmap
 import os
 import threading
@@ -183,7 +184,7 @@ class Slot:
         bounds = np.linspace(0, layout.blocks, parts + 1).astype(int).tolist()
         found = pool.map(
             lambda span: find_corrupt_block(self.payload, layout.block_bytes, self.table, *span),
-            zip(bounds, bounds[1:], strict=False),
+            itertools.pairwise(bounds),
         )
         block = next((b for b in found if b is not None), None)
         if block is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ckptd_api.v1 import operator_pb2
-
 from ckptd_api.convert import incarnation_from_pb
+from ckptd_api.v1 import operator_pb2
 
 
 def incarnation_text(row: operator_pb2.CheckpointRow) -> str:

@@ -36,9 +36,9 @@ def available(arena: Arena, tiers: Sequence[Tier], run: str) -> list[Available]:
         except CkptdError as error:
             raise RestoreUndecided(f"tier {tier.spec.url} did not answer: {error.message}") from error
         for snapshot in stored:
-            world_size = _world_size(tier, run, snapshot)
-            if world_size is not None:
-                found.setdefault(snapshot, (world_size, []))[1].append(tier.spec.url)
+            saved_by = _world_size(tier, run, snapshot)
+            if saved_by is not None:
+                found.setdefault(snapshot, (saved_by, []))[1].append(tier.spec.url)
     return [Available(s, world_size, tuple(sources)) for s, (world_size, sources) in found.items()]
 
 

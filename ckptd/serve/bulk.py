@@ -1,7 +1,7 @@
 """The write stream, decoded by hand: protobuf would copy every payload twice more than the one copy into the slot.
 
-The bytes are exactly WriteRequest (fields 1 slot, 2 generation, 3 offset, 4 data), so any protobuf client can send them.
-"""
+The bytes are exactly WriteRequest (fields 1 slot, 2 generation, 3 offset, 4 data), so any protobuf client can send
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coordinator of one incarnation: the ledger and the pace behind a lock, the collection of drained arrays, the commit.
+"""The coordinator of one incarnation: ledger and pace behind a lock, the collection of drained arrays, the commit.
 
 It lives in the daemon of rank 0's node and stays until its last drain is committed or given up. Its memory is soft: a
 new instance rebuilds it from what the daemons report.
@@ -126,7 +126,7 @@ class Coordinator:
             log.warning("commit given up", run=self.run, step=step, reason=error.message)
             with self._lock:
                 self._give_up(step, str(error))
-        except Exception as error:  # noqa: BLE001  a thread's boundary: the step must end, with its reason
+        except Exception as error:  # a thread's boundary: the step must end, with its reason
             log.exception("commit failed", run=self.run, step=step)
             with self._lock:
                 self._give_up(step, f"{type(error).__name__}: {error}")
@@ -160,7 +160,7 @@ class Coordinator:
         self._ledger.drain_failed(step, reason)
 
     def _retain(self) -> None:
-        """Delete what the retention rule lets go; a tier that cannot be read now is asked again after the next drain."""
+        """Delete what the retention rule lets go; a tier that cannot be read is asked again after the next drain."""
         for tier in self._tiers.values():
             try:
                 for deletion in expendable_in(tier, self.run, self._keeps()):

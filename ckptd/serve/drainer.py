@@ -64,7 +64,7 @@ class Drainer:
         except CkptdError as error:
             log.warning("drain given up", run=drain.run, rank=drain.rank, step=drain.snapshot.step, reason=str(error))
             progress = [_failed(drain, str(error))]
-        except Exception as error:  # noqa: BLE001  a thread's boundary: the drain must end, with its reason
+        except Exception as error:  # a thread's boundary: the drain must end, with its reason
             log.exception("drain failed", run=drain.run, rank=drain.rank, step=drain.snapshot.step)
             progress = [_failed(drain, f"{type(error).__name__}: {error}")]
         self._metrics.drain_seconds.labels(drain.run).observe(time.monotonic() - started)

@@ -13,7 +13,7 @@ def serve_http(host: str, port: int, pages: dict[str, Page]) -> ThreadingHTTPSer
     """Serve ``pages`` (path -> (status, body, content type)) on a thread; the server's ``shutdown`` ends it."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802  (the base class's name)
+        def do_GET(self) -> None:  # the base class's name
             page = pages.get(self.path.split("?", 1)[0])
             status, body, kind = page() if page else (404, b"not found\n", "text/plain")
             self.send_response(status)

@@ -13,8 +13,8 @@ from ckptd_api.v1 import coordinator_pb2 as pb
 from ckptd_api.v1 import types_pb2
 
 from ckptd.arena.arena import Arena
-from ckptd.arena.recycle import RunMarks
 from ckptd.arena.records import IncarnationRecord, RunRecord, delete_record, load_records, save_record
+from ckptd.arena.recycle import RunMarks
 from ckptd.config import Settings
 from ckptd.errors import Corrupt, DaemonUnreachable, InstanceChanged, InvalidRequest, NotPermitted, UnknownRun
 from ckptd.files import write_atomic
@@ -99,7 +99,7 @@ class Node:
                     run.report()
                 self._drop_orphans()
                 self._observe()
-            except Exception:  # noqa: BLE001  a thread's boundary: the next tick tries again
+            except Exception:  # a thread's boundary: the next tick tries again
                 log.exception("tick failed")
 
     def _drop_orphans(self) -> None:
@@ -229,7 +229,7 @@ class Node:
         return coordinator.report(request)
 
     def end(self, run: str, incarnation: Incarnation) -> None:
-        """Mark the incarnation ended once every rank left and its drains are over; its slots go when memory is short."""
+        """Mark the incarnation ended: every rank of this node called close(). Its slots go when memory is full."""
         with self._lock:
             record = self.records.get(run)
             known = record.incarnations.get(incarnation) if record else None

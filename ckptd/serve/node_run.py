@@ -1,9 +1,8 @@
 """One incarnation of one run on this node: its ranks, what the coordinator last said, and what to report to it.
 
-Events come from the services and from the drainer; each is reported to the coordinator at once, and the watermarks in the
-answer wake the ranks' watch streams and start or end drains. When the coordinator cannot be reached nothing is recycled
-(the last watermarks stay in force) and the report is kept for the next try.
-"""
+Events come from the services and from the drainer; each is reported to the coordinator at once, and the watermarks in
+the answer wake the ranks' watch streams and start or end drains. When the coordinator cannot be reached nothing is
+recycled (the last watermarks stay in force) and the report is kept for the next try."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -47,7 +47,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
     # --- session, membership ---------------------------------------------------------------------------------------
     def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
         """Over TCP: the client certificate's name stands for the uid; without TLS (loopback), the daemon's own uid."""
-        names = context.auth_context().get("x509_common_name", [])
+        names: Any = context.auth_context().get("x509_common_name", [])
         if names:
             identity = Identity(f"cert:{names[0].decode()}", 65534)
         elif self._tcp_identity and not context.peer().startswith("unix:"):
@@ -103,7 +103,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         try:
             while context.is_active():
                 with run.changed:
-                    run.changed.wait_for(lambda: run.version != seen, _HEARTBEAT_S)
+                    run.changed.wait_for(lambda seen=seen: run.version != seen, _HEARTBEAT_S)  # type: ignore[misc]
                     seen, marks = run.version, run.watermarks
                 yield pb.WatchResponse(instance=self._node.instance, watermarks=marks)
         finally:
@@ -155,7 +155,9 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         failpoint("begin.after")
         return pb.BeginResponse(slot=slot.id, generation=slot.generation, slot_bytes=slot.capacity_bytes)
 
-    def Write(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> pb.WriteResponse:
+    def Write(  # type: ignore[override]  # registered with bytes: see server._RawWrites
+        self, request_iterator: Iterator[bytes], context: grpc.ServicerContext
+    ) -> pb.WriteResponse:
         """Raw WriteRequest messages, so that the payload is copied once, from the message into the slot."""
         return pb.WriteResponse(written_bytes=receive(request_iterator, self._slot_to_write))
 
@@ -288,7 +290,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         self._node.record_for(caller(), run)
 
 
-def _progress(rank: int, step: int, level: coordinator_pb2.Level) -> coordinator_pb2.Progress:
+def _progress(rank: int, step: int, level: coordinator_pb2.Level.ValueType) -> coordinator_pb2.Progress:
     return coordinator_pb2.Progress(rank=rank, step=step, level=level)
 
 

@@ -94,11 +94,11 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         if request.run:
             self._check(request.run)
             return pb.ListCheckpointsResponse(rows=self._catalog.rows(request.run))
-        rows = []
+        rows: list[pb.CheckpointRow] = []
         for run in self._catalog.runs(caller()):
             of_run = self._catalog.rows(run)
-            for source in dict.fromkeys(row.source for row in of_run):
-                rows.append(next(row for row in of_run if row.source == source))
+            sources = dict.fromkeys(row.source for row in of_run)
+            rows += [next(row for row in of_run if row.source == source) for source in sources]
         return pb.ListCheckpointsResponse(rows=rows)
 
     def ShowCheckpoint(

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 import structlog
@@ -64,7 +64,7 @@ class _RawWrites:
         handlers["Write"] = grpc.stream_unary_rpc_method_handler(
             write.stream_unary, None, node_pb2.WriteResponse.SerializeToString
         )
-        self._server.add_registered_method_handlers(service, handlers)
+        self._server.add_registered_method_handlers(service, handlers)  # type: ignore[attr-defined]  # not in the stubs
 
 
 def serve(settings: Settings) -> int:
@@ -107,11 +107,10 @@ def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grp
     )
     address = settings.advertise or settings.listen or ""
     tcp_identity = Identity(f"uid:{os.getuid()}", os.getuid()) if settings.insecure else None
-    node_pb2_grpc.add_NodeServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        NodeService(node, address, tcp_identity), _RawWrites(server)
-    )
-    operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(node, address), server)  # type: ignore[no-untyped-call]
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(CoordinatorService(node), server)  # type: ignore[no-untyped-call]
+    node_service = NodeService(node, address, tcp_identity)
+    node_pb2_grpc.add_NodeServiceServicer_to_server(node_service, cast(grpc.Server, _RawWrites(server)))
+    operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(node, address), server)
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(CoordinatorService(node), server)
     services_up = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(services_up, server)
     socket_path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -119,7 +118,7 @@ def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grp
     try:
         server.add_insecure_port(f"unix:{socket_path}")
         if settings.listen:
-            _listen(server, settings)
+            _listen(server, settings, settings.listen)
     except RuntimeError as error:
         raise InvalidRequest(f"cannot listen: {error}", "is the address free, and may this user bind it?") from error
     return server, services_up
@@ -139,16 +138,16 @@ def _check_socket_is_free(path: Path) -> None:
     raise InvalidRequest(f"another daemon answers at {path}", "stop it, or serve with another --socket")
 
 
-def _listen(server: grpc.Server, settings: Settings) -> None:
+def _listen(server: grpc.Server, settings: Settings, address: str) -> None:
     if settings.tls_cert and settings.tls_key and settings.tls_ca:
         credentials = grpc.ssl_server_credentials(
             [(settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())],
             root_certificates=settings.tls_ca.read_bytes(),
             require_client_auth=True,
         )
-        server.add_secure_port(settings.listen, credentials)
+        server.add_secure_port(address, credentials)
     else:
-        server.add_insecure_port(settings.listen)
+        server.add_insecure_port(address)
 
 
 def _slot_opener(node: Node) -> Callable[[Identity, str, bool], tuple[int, int]]:

@@ -6,8 +6,8 @@ import os
 # It is read when grpc is first imported, so it must be set before anything else is imported here.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from ckptd_client.checkpointer import Checkpointer  # noqa: E402
-from ckptd_client.snapshot import Restored, Snapshot  # noqa: E402
-from ckptd_client.zarr import open_zarr  # noqa: E402
+from ckptd_client.checkpointer import Checkpointer
+from ckptd_client.snapshot import Restored, Snapshot
+from ckptd_client.zarr import open_zarr
 
 __all__ = ["Checkpointer", "Restored", "Snapshot", "open_zarr"]

@@ -60,7 +60,9 @@ class Binding:
         source = sources[first.leaf]
         if len(piece.items) == 1 and is_bytes_copy(source):
             start = self.layout.segment_offsets[first.segment] + first.position
-            np.copyto(self.payload[start + piece.start : start + piece.stop], byte_view(source)[piece.start : piece.stop])
+            np.copyto(
+                self.payload[start + piece.start : start + piece.stop], byte_view(source)[piece.start : piece.stop]
+            )
         elif piece.start == 0:
             # A large tensor that is not one run of bytes is copied whole, with its first part.
             with torch.no_grad():
@@ -92,5 +94,3 @@ class Binding:
 
     def view(self, item: Item) -> torch.Tensor:
         return self._views[item.leaf]
-
-

@@ -1,9 +1,8 @@
 """Where ranks meet: the job's own key-value store. Every wait has a deadline and names the ranks that are missing.
 
 No collective and no process group: the default group's store, else a client of MASTER_ADDR/PORT, else (world size 1) a
-dictionary. Only ``set``, ``check`` and ``get`` of keys that exist are used: a blocking wait in a background thread would
-hold the store's lock against the training thread.
-"""
+dictionary. Only ``set``, ``check`` and ``get`` of keys that exist are used: a blocking wait in a background thread
+would hold the store's lock against the training thread."""
 
 from __future__ import annotations
 
@@ -56,7 +55,8 @@ class StoreBoard:
         self._guard(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> bytes | None:
-        return self._guard(lambda: bytes(self._store.get(key)) if self._store.check([key]) else None)
+        value: bytes | None = self._guard(lambda: bytes(self._store.get(key)) if self._store.check([key]) else None)
+        return value
 
     @staticmethod
     def _guard(call: Callable[[], Any]) -> Any:
@@ -77,7 +77,7 @@ def find_board() -> tuple[Board, int, int]:
     if world_size > 1 and "MASTER_ADDR" in os.environ:
         port = int(os.environ["MASTER_PORT"])
         try:
-            store = dist.TCPStore(
+            store = dist.TCPStore(  # type: ignore[attr-defined]  # not exported to type checkers
                 os.environ["MASTER_ADDR"], port, None, is_master=False, timeout=timedelta(seconds=_STORE_S)
             )
         except (RuntimeError, ValueError) as error:

@@ -1,12 +1,12 @@
 """One snapshot's copy: pieces claimed by the worker and, at a fence, by the training thread itself.
 
-Source of the scheme: DataStates-LLM (Maurya et al., HPDC 2024): between one ``optimizer.step()`` and the next, parameters
-and optimizer state do not change, so their copy may run during forward and backward, and only a step that comes before
-the copy has ended must wait. While it waits, the training thread copies pieces too: its core would idle otherwise.
+Source of the scheme: DataStates-LLM (Maurya et al., HPDC 2024): between one ``optimizer.step()`` and the next,
+parameters and optimizer state do not change, so their copy may run during forward and backward, and only a step that
+comes before the copy has ended must wait. While it waits, the training thread copies pieces too: its core would idle
+otherwise.
 
-Invariants: the mark is published in payload order; a group (what one fence guards) is checked for tearing after its last
-piece is copied and before its fence lets go; once ``failed`` is set nothing more is copied.
-"""
+Invariants: the mark is published in payload order; a group (what one fence guards) is checked for tearing after its
+last piece is copied and before its fence lets go; once ``failed`` is set nothing more is copied."""
 
 from __future__ import annotations
 
@@ -141,6 +141,13 @@ class Capture:
     def is_over(self) -> bool:
         return self._is_over
 
+    def wait_over(self, timeout_s: float) -> bool:
+        """True once over. Waits only when the snapshot is staged already: then the answer to seal is on its way."""
+        if not self.snapshot.staged.done():
+            return self._is_over
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_over, timeout_s)
+
     # --- the training thread's side ----------------------------------------------------------------------------------
     def fence(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Return once the tensors of ``optimizer`` (None: every lazy tensor) may change. Never raises, never hangs:
@@ -187,9 +194,7 @@ class Capture:
     def _copy_next(self) -> bool:
         """Claim and copy one piece of host memory; False when there is none left to claim."""
         with self._changed:
-            while self._next < len(self._done) and (
-                self._done[self._next] or self.devices.has(self._next)
-            ):
+            while self._next < len(self._done) and (self._done[self._next] or self.devices.has(self._next)):
                 self._next += 1
             if self.failed or self.binding is None or self._next >= len(self._done):
                 return False

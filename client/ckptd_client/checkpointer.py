@@ -24,8 +24,8 @@ from ckptd.errors import (
     DaemonUnreachable,
     InvalidRequest,
     NoProtection,
-    NotPersisted,
     NoTier,
+    NotPersisted,
     RestoreUndecided,
     StepDead,
 )
@@ -48,6 +48,7 @@ JOIN_S: Final = 10.0
 CLOSE_S: Final = 30.0
 TORN_ENV: Final = "CKPTD_TORN_CHECK"
 _PACE_S: Final = 1.0
+_REPLY_S: Final = 1.0
 log = logging.getLogger("ckptd_client")
 
 
@@ -146,7 +147,7 @@ class Checkpointer:
             self._skip(snapshot, error)
             if self._on_error == "raise":
                 raise
-        except Exception as error:  # noqa: BLE001  whatever a state_dict() raises must not stop the training
+        except Exception as error:  # whatever a state_dict() raises must not stop the training
             problem = StepDead(f"the state cannot be captured: {type(error).__name__}: {error}")
             self._skip(snapshot, problem)
             if self._on_error == "raise":
@@ -206,8 +207,8 @@ class Checkpointer:
             raise InvalidRequest(f"step {step!r} is not a step number")
         if problem := self._link.problem:
             raise DaemonUnreachable(f"step {step} skipped: {problem.message}", problem.hint)
-        if self._engine.current is not None:
-            raise CaptureBusy(f"step {step} skipped: step {self._engine.current.snapshot.step} is still being captured")
+        if (before := self._engine.current) is not None and not before.wait_over(_REPLY_S):
+            raise CaptureBusy(f"step {step} skipped: step {before.snapshot.step} is still being captured")
         walk = self._walker.walk()
         leaves = walk.leaves
         if self._plan is None or self._plan.key != plan_key(leaves):
@@ -301,9 +302,7 @@ def _sources(leaves: list[Leaf]) -> list[torch.Tensor]:
     stream, without a wait of the host). Aliases share one clone."""
     clones: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        return [
-            leaf.tensor if leaf.fence is not FenceClass.REST else _clone(leaf.tensor, clones) for leaf in leaves
-        ]
+        return [leaf.tensor if leaf.fence is not FenceClass.REST else _clone(leaf.tensor, clones) for leaf in leaves]
 
 
 def _clone(tensor: torch.Tensor, clones: dict[int, torch.Tensor]) -> torch.Tensor:

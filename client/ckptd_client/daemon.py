@@ -1,8 +1,7 @@
 """The connection to the node's daemon: session, calls with deadlines, and descriptors of slots.
 
-Every call carries the session token; an expired session (the daemon restarted) is opened again once. Every failure is an
-error of ``ckptd.errors``: nothing of gRPC leaves this module.
-"""
+Every call carries the session token; an expired session (the daemon restarted) is opened again once. Every failure is
+an error of ``ckptd.errors``: nothing of gRPC leaves this module."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def resolve_address(daemon: str | None) -> str:
     session = os.environ.get("XDG_RUNTIME_DIR")
     folders = ["/run/ckptd", *([f"{session}/ckptd"] if session else []), f"/tmp/ckptd-{os.getuid()}"]  # noqa: S108
     sockets = [f"{folder}/ckptd.sock" for folder in folders]
-    return "unix://" + next((path for path in sockets if os.path.exists(path)), sockets[0])  # noqa: PTH110
+    return "unix://" + next((path for path in sockets if os.path.exists(path)), sockets[0])
 
 
 def _timer(delay_s: float, action: Callable[[], None]) -> threading.Timer:
@@ -165,11 +164,12 @@ class Daemon:
         its sockets open)."""
         call = self._stub.Watch(request, metadata=self._meta())
         last = time.monotonic()
+        timer: threading.Timer
 
         def look() -> None:
             nonlocal timer
             if time.monotonic() - last > silence_s:
-                call.cancel()
+                call.cancel()  # type: ignore[no-untyped-call]
                 return
             timer = _timer(silence_s / 2, look)
 
@@ -182,7 +182,7 @@ class Daemon:
             raise self._translate(error) from error
         finally:
             timer.cancel()
-            call.cancel()
+            call.cancel()  # type: ignore[no-untyped-call]
 
     def write(self, messages: Iterator[bytes], timeout_s: float) -> Any:
         """The write stream, its messages already encoded (see ``handover``)."""
@@ -213,7 +213,10 @@ class Daemon:
             raise self._translate(error) from error
 
     def _translate(self, error: grpc.RpcError) -> CkptdError:
-        trailers = dict(error.trailing_metadata() or ()) if hasattr(error, "trailing_metadata") else {}
+        has_trailers = hasattr(error, "trailing_metadata")
+        trailers: dict[str, Any] = (
+            {item.key: item.value for item in error.trailing_metadata() or ()} if has_trailers else {}
+        )
         details = str(error.details() if hasattr(error, "details") else error)
         if name := trailers.get("ckptd-error"):
             hint = trailers.get("ckptd-hint-bin", b"")

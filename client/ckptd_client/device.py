@@ -1,8 +1,8 @@
 """Copies from devices: enqueued on a side stream behind the compute stream, awaited piece by piece.
 
 The side stream waits, by event, for what the compute stream had enqueued at save(); the fence is a wait of the compute
-stream, not of the host. Events and streams belong to the device of the tensors, and the worker thread sets it before use.
-"""
+stream, not of the host. Events and streams belong to the device of the tensors, and the worker thread sets it before
+use."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class DeviceCopies:
 
     def wait(self, number: int) -> None:
         """Block the calling thread until piece ``number`` is in host memory; releases the GIL."""
-        self._copied[number].synchronize()  # type: ignore[no-untyped-call]
+        self._copied[number].synchronize()
 
     def fence(self, group: int) -> None:
         """Make the current compute streams wait until the group's copies have read their sources."""

@@ -84,7 +84,7 @@ class CaptureEngine:
         while (task := self._queue.get()) is not None:
             try:
                 task()
-            except Exception:  # noqa: BLE001  a thread's boundary: the trainer must go on
+            except Exception:  # a thread's boundary: the trainer must go on
                 log.warning("capture worker", exc_info=True)
 
     def _carry(self, capture: Capture) -> None:

@@ -63,7 +63,9 @@ class SharedTarget:
 class StreamTarget:
     """A buffer here, streamed to the daemon behind the mark."""
 
-    def __init__(self, daemon: Daemon, slot: str, generation: int, buffer: Bytes, use: int, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, daemon: Daemon, slot: str, generation: int, buffer: Bytes, use: int, pool: ThreadPoolExecutor
+    ) -> None:
         self.payload = buffer
         self.key = "buffer"
         self.use = use
@@ -92,7 +94,7 @@ class StreamTarget:
             self._moved.notify()
 
     def _messages(self) -> Iterator[bytes]:
-        sent, view = 0, memoryview(self.payload)
+        sent, view = 0, self.payload.data
         while sent < len(view):
             with self._moved:
                 self._moved.wait_for(

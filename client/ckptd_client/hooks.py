@@ -18,13 +18,14 @@ class OptimizerHooks:
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer], fence: Fence) -> None:
         self._handles: list[Any] = []
-        fence = torch.compiler.disable(fence)
+        fence = torch.compiler.disable(fence)  # type: ignore[no-untyped-call]
 
         def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             fence(optimizer)
 
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(torch.compiler.disable(before_step)))
+            hook = torch.compiler.disable(before_step)  # type: ignore[no-untyped-call]
+            self._handles.append(optimizer.register_step_pre_hook(hook))
 
     def detach(self) -> None:
         for handle in self._handles:

@@ -74,8 +74,8 @@ def map_readable(fd: int, size_bytes: int) -> Bytes:
     finally:
         os.close(fd)
     mapped.madvise(mmap.MADV_DONTFORK)
+    # Not populated: it is read once, by several threads, whose page faults run side by side.
     view: Bytes = np.frombuffer(mapped, np.uint8)
-    populate(view)
     return view
 
 

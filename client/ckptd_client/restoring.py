@@ -252,5 +252,3 @@ def _judge(reports: list[list[str] | None]) -> list[Any]:
             kind = name if is_final or not error_from_wire(name, "", "").is_retryable else RestoreUndecided.__name__
             return ["raise", [kind, f"rank {rank}: {message}", hint]]
     return ["next"]
-
-

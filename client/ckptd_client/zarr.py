@@ -8,6 +8,7 @@ CRC-32C. NumPy has no bfloat16 and no float8: these come as their bit patterns (
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,9 +218,9 @@ def _split_key(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tup
             region.append(slice(low, high))
             rest.append(slice(None, None, indices.step))
             continue
-        index = part.__index__() if not isinstance(part, (bool, np.bool_)) and hasattr(part, "__index__") else None
-        if index is None:
+        if isinstance(part, (bool, np.bool_, np.ndarray)) or not hasattr(part, "__index__"):
             raise IndexError(f"only integers, slices, ... and None are valid indices, not {part!r}")
+        index = operator.index(part)
         if not -size <= index < size:
             raise IndexError(f"index {index} is out of bounds for dimension {len(region)} with size {size}")
         region.append(slice(index % size, index % size + 1))

@@ -6,9 +6,8 @@ field that was not set is asked for only after ``HasField``.
 
 from __future__ import annotations
 
-from ckptd_api.v1 import types_pb2
-
 from ckptd.model import Incarnation, Roster, RosterEntry, ScheduleEntry, SnapshotId
+from ckptd_api.v1 import types_pb2
 
 
 def incarnation_to_pb(value: Incarnation) -> types_pb2.Incarnation:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ckptd_client.state import plan_restore
 from state_snapshots import assert_same, restore, save
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -22,8 +23,9 @@ def program(seed: int, is_sharded: bool):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1), nn.BatchNorm1d(1))
     if is_sharded:
-        fully_shard(model[0])
-        fully_shard(model)
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return {"model": model, "optim": torch.optim.AdamW(model.parameters(), 0.01)}
 
 

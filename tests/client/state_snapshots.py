@@ -53,7 +53,7 @@ def restore(state, snapshot: Snapshot) -> None:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+    return bytes(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
 
 
 def assert_same(a: Snapshot, b: Snapshot) -> None:

@@ -122,7 +122,7 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(KEYS, KEYS))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(KEYS, KEYS)))
 def test_basic_indexing_is_that_of_numpy(tensors, first, second):
     try:
         expected = WEIGHT[first, second]

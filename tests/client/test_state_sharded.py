@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -35,10 +34,27 @@ def one_rank():
 
 
 @pytest.fixture
-def rank_of_four(request):
-    dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=4)
-    yield request.param
+def last_of_four():
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    yield
     dist.destroy_process_group()
+
+
+def run_ranks(commands: list[list[object]]) -> None:
+    """Run scripts at the same time; each must end by printing ``ok``."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command in commands
+    ]
+    try:
+        for rank in ranks:
+            output, _ = rank.communicate(timeout=120)
+            assert output.strip().endswith("ok"), output
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def model_of(seed: int) -> nn.Module:
@@ -56,8 +72,9 @@ def test_fsdp2_and_plain_programs_exchange_snapshots(one_rank):
     def program(seed, is_sharded):
         model = model_of(seed)
         if is_sharded:
-            fully_shard(model[0])
-            fully_shard(model)
+            mesh = init_device_mesh("cpu", (1,))
+            fully_shard(model[0], mesh=mesh)
+            fully_shard(model, mesh=mesh)
         return {"model": model, "optim": torch.optim.AdamW(model.parameters())}
 
     for is_sharded in (True, False):
@@ -74,7 +91,7 @@ def test_fsdp2_and_plain_programs_exchange_snapshots(one_rank):
 
 
 def test_leaves_of_fsdp2_are_the_local_tensors_and_walking_again_remembers_them(one_rank):
-    model = fully_shard(model_of(0))
+    model = fully_shard(model_of(0), mesh=init_device_mesh("cpu", (1,)))
     optimizer = torch.optim.AdamW(model.parameters())
     train(model, optimizer)
     walker = StateWalker({"model": model, "optim": optimizer})
@@ -108,21 +125,11 @@ def test_a_partial_dtensor_is_refused(one_rank):
     assert walk_state({"x": whole}).leaves[0].global_shape == (2,)
 
 
-@pytest.mark.parametrize("rank_of_four", range(4), indirect=True)
-def test_a_two_dimensional_mesh_gives_each_rank_its_own_box(rank_of_four):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
-    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
-    fully_shard(model, mesh=mesh["dp"])
-    leaves = {leaf.name: leaf for leaf in walk_state({"m": model}).leaves}
-    dp, tp = divmod(rank_of_four, 2)
-    up, down = leaves["m.0.weight"], leaves["m.1.weight"]
-    assert (up.global_shape, up.offset, tuple(up.tensor.shape)) == ((8, 4), (tp * 4 + dp * 2, 0), (2, 4))
-    assert (down.global_shape, down.offset, tuple(down.tensor.shape)) == ((4, 8), (dp * 2, tp * 4), (2, 4))
+def test_a_two_dimensional_mesh_gives_each_rank_its_own_box():
+    run_ranks([[HERE / "mesh_rank.py", rank] for rank in (1, 2)])
 
 
-@pytest.mark.parametrize("rank_of_four", [3], indirect=True)
-def test_a_rank_beyond_the_last_row_has_an_empty_box(rank_of_four):
+def test_a_rank_beyond_the_last_row_has_an_empty_box(last_of_four):
     mesh = init_device_mesh("cpu", (4,))
     assert walk_state({"x": distribute_tensor(torch.ones(5, 2), mesh, [Shard(0)])}).leaves[0].tensor.shape == (0, 2)
 
@@ -151,19 +158,4 @@ def test_strided_shards_that_are_one_run_tile_the_dimension_and_others_are_told(
 
 
 def test_uneven_and_empty_shards_of_two_ranks_round_trip(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, HERE / "sharded_ranks.py", str(rank), tmp_path / "store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=120)
-            assert output.strip().endswith("ok"), output
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks([[HERE / "sharded_ranks.py", rank, tmp_path / "store"] for rank in range(2)])

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ckptd.errors import StateMismatch
 from ckptd.format.tree import TensorRef
 from ckptd.model import Box
-from ckptd_client.state.fill import fill_all
+from ckptd_client.state.fill import empty_like, fill_all
 from ckptd_client.state.leaves import DTYPE_NAMES, TORCH_DTYPES, Place, place_tensor
 from ckptd_client.state.naming import (
     ParameterNames,
@@ -287,7 +287,7 @@ class RestorePlan:
         place = None if like is None else place_tensor(like, name)
         if like is not None and place is not None and place.global_shape == shape:
             self.boxes[name] = Box(name, saved.dtype, shape, place.offset, tuple(place.local.shape), 0)
-            self._made[name] = lambda: empty_like(like, place, dtype, device)
+            self._made[name] = lambda: make_like(like, place, dtype, device)
         else:
             where = device or (place.local.device if place is not None else None)
             self.boxes[name] = Box(name, saved.dtype, shape, (0,) * len(shape), shape, 0)
@@ -297,9 +297,9 @@ class RestorePlan:
         return self._saved.get(name)
 
 
-def empty_like(like: torch.Tensor, place: Place, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+def make_like(like: torch.Tensor, place: Place, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
     """Fresh memory with the shape, strides and (for a DTensor) the mesh and placements of ``like``."""
-    local = torch.empty_like(place.local, dtype=dtype, device=device)
+    local = empty_like(place.local, dtype, device)
     if not isinstance(like, DTensor):
         return local
     return DTensor.from_local(

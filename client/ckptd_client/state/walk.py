@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, Final
 
 import torch
@@ -104,7 +104,7 @@ class _Walking:
 
     def run(self) -> Walk:
         tree = {key: self._value(value, str(key), 0) for key, value in self._state.items()}
-        if len({name for name, *_ in self._found}) != len(self._found):
+        if len({found[0] for found in self._found}) != len(self._found):
             counts = Counter(name for name, *_ in self._found)
             raise StateNotEncodable(
                 f"two tensors of the state would both be saved as {counts.most_common(1)[0][0]}",
@@ -174,39 +174,45 @@ class _Walking:
             for parameter, name in zip(group["params"], group_names, strict=True)
             if (entry := entries.get(id(parameter)))
         ]
-        uniform, mixed, host = self._entries_of(optimizer, found, path, depth)
-        tensors = [[list(keys), members] for keys, members in uniform.items()]
+        uniform = found
+        kinds = set(map(type, chain.from_iterable(entry.values() for *_, entry in found)))
+        if not all(issubclass(kind, torch.Tensor) for kind in kinds):
+            uniform = [one for one in found if all(isinstance(value, torch.Tensor) for value in one[2].values())]
+        by_keys, host = self._uniform_entries(optimizer, uniform, path)
+        mixed: dict[str, Any] = {}
+        if len(uniform) != len(found):
+            names_done = {name for name, *_ in uniform}
+            for name, parameter, entry in found:
+                if name not in names_done:
+                    mixed[name] = self._mixed_entry(optimizer, entry, f"{path}.state.{name}", depth)
+                    host |= _host_keys(parameter, entry)
+        tensors = [[list(keys), members] for keys, members in by_keys.items()]
         return {OPTIMIZER: {"groups": groups, "tensors": tensors, "state": mixed, "host": sorted(host)}}
 
-    def _entries_of(
-        self, optimizer: Optimizer, found: list[tuple[str, torch.Tensor, dict[Any, Any]]], path: str, depth: int
-    ) -> tuple[dict[tuple[str, ...], list[str]], dict[str, Any], set[str]]:
-        """``tensors``, ``state`` and ``host`` of ``_optimizer``; the tensors of the state become leaves."""
+    def _uniform_entries(
+        self, optimizer: Optimizer, found: list[tuple[str, torch.Tensor, dict[str, Any]]], path: str
+    ) -> tuple[dict[tuple[str, ...], list[str]], set[str]]:
+        """``tensors`` and ``host`` of ``_optimizer``. The inner loop of a save: names are remembered between walks."""
         known = self._entry_names.setdefault(path, {})
-        uniform: dict[tuple[str, ...], list[str]] = {}
-        mixed: dict[str, Any] = {}
+        by_keys: dict[tuple[str, ...], list[str]] = {}
         host: set[str] = set()
         leaf_names: list[str] = []
         values: list[torch.Tensor] = []
         for name, parameter, entry in found:
             keys = tuple(entry)
-            if not all(map(_is_tensor_type, set(map(type, entry.values())))) or set(map(type, keys)) != {str}:
-                mixed[name] = self._mixed_entry(optimizer, entry, f"{path}.state.{name}", depth)
-                keys = tuple(key for key, value in entry.items() if isinstance(value, torch.Tensor))
+            names = known.get(name)
+            if names is None or names[0] != keys:
+                names = known[name] = keys, [f"{path}.state.{name}.{key}" for key in keys]
+            leaf_names += names[1]
+            values += entry.values()
+            members = by_keys.get(keys)
+            if members is None:  # what lies on the host is a matter of the optimizer's class: one tells for all
+                by_keys[keys] = [name]
+                host |= _host_keys(parameter, entry)
             else:
-                names = known.get(name)
-                if names is None or names[0] != keys:
-                    names = known[name] = keys, [f"{path}.state.{name}.{key}" for key in keys]
-                leaf_names += names[1]
-                values += entry.values()
-                members = uniform.setdefault(keys, [])
                 members.append(name)
-                if len(members) > 1:  # what lies on the host is a matter of the optimizer's class: one tells for all
-                    continue
-            if not parameter.is_cpu:
-                host.update(key for key in keys if entry[key].is_cpu)
         self._found += zip(leaf_names, values, repeat(FenceClass.OWNED), repeat(optimizer))
-        return uniform, mixed, host
+        return by_keys, host
 
     def _mixed_entry(self, optimizer: Optimizer, entry: dict[Any, Any], path: str, depth: int) -> Any:
         first = len(self._found)
@@ -251,8 +257,11 @@ class _Walking:
         return {id(tensor) for tensor in tensors}, {region(tensor) for tensor in tensors} - {None}
 
 
-def _is_tensor_type(kind: type) -> bool:
-    return issubclass(kind, torch.Tensor)
+def _host_keys(parameter: torch.Tensor, entry: dict[Any, Any]) -> set[str]:
+    """Keys of the tensors that lie on the CPU though their parameter does not."""
+    if parameter.is_cpu:
+        return set()
+    return {str(key) for key, value in entry.items() if isinstance(value, torch.Tensor) and value.is_cpu}
 
 
 def region(tensor: torch.Tensor) -> Region | None:

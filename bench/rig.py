@@ -1,0 +1,111 @@
+"""What the measurements share: a daemon of their own, medians, a state of some size, and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ckptd_client import Checkpointer
+
+MIB = 1 << 20
+
+
+@contextmanager
+def daemon(memory: str = "8GiB", *options: str) -> Iterator[tuple[str, int, Path]]:
+    """(address, pid, scratch folder) of a daemon that lives as long as the block."""
+    folder = Path(tempfile.mkdtemp(prefix="ckptd-bench-"))
+    arena = Path("/dev/shm") / folder.name
+    command = [Path(sys.executable).with_name("ckptd"), "serve", "--socket", folder / "d.sock", "--arena", arena]
+    command += ["--memory", memory, *(option.format(folder=folder) for option in options)]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 30
+        while not (folder / "d.sock").exists() or not (folder / "d.fd.sock").exists():
+            if time.monotonic() > until or process.poll() is not None:
+                raise RuntimeError("the daemon did not start")
+            time.sleep(0.02)
+        time.sleep(0.3)
+        yield f"unix://{folder}/d.sock", process.pid, folder
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(arena, ignore_errors=True)
+
+
+class Model(torch.nn.Module):
+    """About ``size_bytes`` of parameters and AdamW state, in ``layers`` equal matrices."""
+
+    def __init__(self, size_bytes: int, layers: int = 48) -> None:
+        super().__init__()
+        width = int((size_bytes / 3 / 4 / layers) ** 0.5)
+        self.layers = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.empty(width, width).uniform_(-1, 1)) for _ in range(layers)
+        )
+
+
+def trained(size_bytes: int, layers: int = 48) -> tuple[Model, torch.optim.AdamW]:
+    """A model with optimizer state of ``size_bytes`` in all."""
+    model = Model(size_bytes, layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    return model, optimizer
+
+
+def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    tensors = [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def memcpy_s(size_bytes: int, rounds: int = 5) -> float:
+    """Seconds to copy ``size_bytes`` once between two warm buffers on one core."""
+    source, target = np.ones(size_bytes, np.uint8), np.zeros(size_bytes, np.uint8)
+    return timed(lambda: np.copyto(target, source), rounds)
+
+
+def timed(action: Callable[[], object], rounds: int) -> float:
+    """Median seconds of ``rounds`` calls after one to warm up."""
+    action()
+    taken = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def report(name: str, figures: dict[str, float | int | str]) -> None:
+    """One line of JSON on standard output, a readable one on standard error."""
+    print(json.dumps({"bench": name, "cores": os.cpu_count(), **figures}), flush=True)
+    shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+    print(f"{name}: {shown}", file=sys.stderr)
+
+
+def warm_up(checkpointer: Checkpointer, snapshots: int = 4) -> None:
+    """Save until ``snapshots`` were staged: slots are made, mapped and touched, the plan is warm."""
+    step = staged = 0
+    while staged < snapshots:
+        if checkpointer.save(step).staged.exception(120) is None:
+            staged += 1
+        else:
+            time.sleep(0.5)
+        step += 1
+        if step > 200:
+            raise RuntimeError("no snapshot is staged")

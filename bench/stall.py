@@ -1,0 +1,81 @@
+"""What a snapshot costs the training loop: save() plus the following fence, for 1 GiB of CPU state, plan warm.
+
+Against the time ``dcp.async_save`` of the same state blocks (its copy into CPU staging), in the same run; once with a
+step longer than the copy, once with a step of 10 ms, where the limit is max(0, copy - step) of a plain memcpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, trained, warm_up
+from ckptd_client import Checkpointer
+
+
+def lost_s(checkpointer: Checkpointer, step: int, step_s: float, wait: bool = True) -> float:
+    """Seconds that save() and the fence before the next optimizer step took, the step itself a sleep of ``step_s``."""
+    started = time.perf_counter()
+    snapshot = checkpointer.save(step)
+    saved = time.perf_counter() - started
+    time.sleep(max(0.0, step_s - saved))
+    fence_started = time.perf_counter()
+    checkpointer.fence()
+    fenced = time.perf_counter() - fence_started
+    if wait:
+        snapshot.wait("staged", 30)
+    return saved + fenced
+
+
+def dcp_async_s(state: dict[str, object], rounds: int) -> float:
+    taken = []
+    for number in range(rounds):
+        folder = tempfile.mkdtemp(prefix="dcp-bench-")
+        started = time.perf_counter()
+        future = dcp.async_save(state, checkpoint_id=f"{folder}/{number}")
+        taken.append(time.perf_counter() - started)
+        future.result()
+        shutil.rmtree(folder)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size-mib", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    model, optimizer = trained(arguments.size_mib * MIB)
+    size = state_bytes(model, optimizer)
+    with daemon("6GiB") as (address, _, _), Checkpointer({"m": model, "o": optimizer}, "stall", address, every=10**9) as c:
+        warm_up(c)
+        long = [lost_s(c, 10 + n, 0.5) for n in range(arguments.rounds)]
+        copies, short = [], []
+        for n in range(arguments.rounds):
+            copies.append(memcpy_s(size, 1))
+            short.append(lost_s(c, 100 + n, 0.010))
+    blocked = dcp_async_s({"m": model.state_dict(), "o": optimizer.state_dict()}, 3)
+    copy = statistics.median(copies)
+    report(
+        "stall",
+        {
+            "bytes": size,
+            "lost_ms": statistics.median(long) * 1e3,
+            "dcp_async_save_blocked_ms": blocked * 1e3,
+            "times_shorter": blocked / statistics.median(long),
+            "memcpy_ms": copy * 1e3,
+            "lost_at_10ms_step_ms": statistics.median(short) * 1e3,
+            "limit_at_10ms_step_ms": max(0.0, copy - 0.010) * 1e3,
+            "ratio_at_10ms_step": statistics.median(short) / max(1e-9, copy - 0.010),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

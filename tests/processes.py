@@ -1,0 +1,68 @@
+"""What starting and watching any process needs: waits with deadlines, clean environments, the real command."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+CKPTD = Path(sys.executable).with_name("ckptd")
+PATIENCE_S = 30.0
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = PATIENCE_S) -> T:
+    """The first true value of ``condition``; AssertionError naming ``what`` when there is none in time."""
+    until, pause_s = time.monotonic() + timeout_s, 0.002
+    while not (value := condition()):
+        assert time.monotonic() < until, f"waited {timeout_s:g} s for {what}"
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.05)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This environment without what would steer ckptd or torchrun, and with ``extra``."""
+    stray = ("CKPTD_", "GRPC_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "XDG_RUNTIME_DIR")
+    return {k: v for k, v in os.environ.items() if not k.startswith(stray)} | extra
+
+
+class CliResult(NamedTuple):
+    rc: int
+    stdout: str
+    stderr: str
+
+
+def run_cli(*args: object, timeout_s: float = 60.0, prefix: Sequence[str] = (), **env: str) -> CliResult:
+    """The real ``ckptd`` command; ``prefix`` runs it by another command (``setpriv``...)."""
+    done = subprocess.run(
+        [*prefix, str(CKPTD), *map(str, args)],
+        env=clean_environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    return CliResult(done.returncode, done.stdout, done.stderr)
+
+
+def is_stopped(pid: int) -> bool:
+    """True while every thread of the process is halted (state T)."""
+    try:
+        states = [
+            Path(task, "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+    except FileNotFoundError:
+        return False
+    return all(state == "T" for state in states)
