@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 os.environ["CKPTD_HANDOVER"] = "grpc"
 
 import grpc
-
-from bench.rig import MIB, daemon, report, state_bytes, trained, warm_up
 from ckptd_client import Checkpointer
 from ckptd_client.handover import MESSAGE_BYTES
+
+from bench.rig import MIB, daemon, report, state_bytes, trained, warm_up
 
 _METHOD = "/bare.Stream/Take"
 

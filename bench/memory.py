@@ -6,8 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
-from bench.rig import MIB, daemon, report, trained, warm_up
 from ckptd_client import Checkpointer
+
+from bench.rig import MIB, daemon, report, trained, warm_up
 
 
 def private_bytes(pid: int) -> tuple[int, int]:

@@ -6,8 +6,9 @@ import argparse
 import statistics
 import time
 
-from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, trained, warm_up
 from ckptd_client import Checkpointer
+
+from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, trained, warm_up
 
 
 def main() -> None:

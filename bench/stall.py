@@ -14,9 +14,9 @@ import time
 
 import torch
 import torch.distributed.checkpoint as dcp
+from ckptd_client import Checkpointer
 
 from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, trained, warm_up
-from ckptd_client import Checkpointer
 
 
 def lost_s(checkpointer: Checkpointer, step: int, step_s: float, wait: bool = True) -> float:

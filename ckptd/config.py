@@ -138,7 +138,7 @@ class Settings(BaseSettings):
     )
     listen: str | None = Field(None, description="HOST:PORT for peers and for trainers on TCP")
     advertise: str | None = Field(None, description="HOST:PORT at which peers reach this daemon, when not --listen")
-    http: str | None = Field(None, description="HOST:PORT of /metrics, /livez, /readyz and the status page")
+    http: str | None = Field(None, description="HOST:PORT of /metrics, /livez and /readyz")
     memory_bytes: int = Field(
         default_factory=lambda data: default_memory(data["arena"]),
         gt=0,
@@ -149,14 +149,16 @@ class Settings(BaseSettings):
         (), description="where snapshots become durable: URL[,scope=node|shared][,every=..][,keep=..]; repeatable"
     )
     slots: int = Field(3, ge=2, description="snapshots held for each rank; 2 are enough without protection and tiers")
-    protect_max: str = Field("", description="the most parity a run may ask for, as k+m; empty: no limit")
-    domains: tuple[str, ...] = Field((), description="failure domain of this node, as KEY=VALUE (rack=r1); repeatable")
+    protect_max: str = Field("", description="the most parity a run may ask for, as k+m (not in use yet)")
+    domains: tuple[str, ...] = Field(
+        (), description="failure domain of this node, KEY=VALUE; repeatable (not in use yet)"
+    )
     allow_group: str | None = Field(None, description="group whose members may use runs of other users")
     tls_cert: Path | None = Field(None, description="certificate of this daemon, PEM; with --tls-key and --tls-ca")
     tls_key: Path | None = Field(None, description="private key of the certificate, PEM")
     tls_ca: Path | None = Field(None, description="authority that signs the certificates of peers and trainers, PEM")
     insecure: bool = Field(False, description="no TLS: for a --listen on a loopback address only")
-    on_fault: str | None = Field(None, description="command run on a fault, its JSON on standard input")
+    on_fault: str | None = Field(None, description="command run on a fault (not in use yet: nothing judges faults)")
     drain_deadline_s: float = Field(60.0, ge=0, description="how long drains may take to finish after SIGTERM, seconds")
     stage_deadline_s: float = Field(60.0, gt=0, description="a begun step not staged by then is dead, seconds")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")

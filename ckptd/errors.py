@@ -231,7 +231,3 @@ class RestoreUndecided(CkptdError):
 class RestoreFailed(CkptdError):
     grpc_code = "DATA_LOSS"
     exit_code = EXIT_DATA_LOST
-
-
-class RunEnded(CkptdError):
-    grpc_code = "FAILED_PRECONDITION"

@@ -25,18 +25,6 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def fsync_tree(root: Path) -> int:
-    """fsync every file and folder below ``root``, children first, ``root`` last. Returns the bytes of its files."""
-    total = 0
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            file = Path(folder, name)
-            fsync_path(file)
-            total += file.stat().st_size
-        fsync_path(Path(folder))
-    return total
-
-
 def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Put ``data`` at ``path``, replacing what is there in one step."""
     temporary = _write_temporary(path, data, sync=sync)

@@ -35,7 +35,7 @@ class Metrics:
             "ckptd_stall_seconds", "Time one snapshot blocked the training loop of a rank.", ["run"], _STALL_BUCKETS
         )
         self.snapshot_step = self._gauge(
-            "ckptd_snapshot_step", "Newest step at a level: staged, protected or durable.", ["run", "level"]
+            "ckptd_snapshot_step", "Newest step at a level: staged or durable.", ["run", "level"]
         )
         self.snapshot_timestamp_seconds = self._gauge(
             "ckptd_snapshot_timestamp_seconds",
@@ -44,22 +44,20 @@ class Metrics:
         )
         self.bytes_total = self._counter(
             "ckptd_bytes",
-            "Payload bytes moved, by direction: captured (into slots), drained (to tiers), restored, verified, "
-            "peer_sent, peer_received.",
+            "Payload bytes moved, by direction: captured (into slots), drained (to tiers), restored, verified.",
             ["run", "direction"],
         )
         self.drain_seconds = self._histogram(
             "ckptd_drain_seconds", "Time to write one rank's shard to a tier.", ["run"], _BULK_BUCKETS
         )
-        self.drains_queued = self._gauge("ckptd_drains_queued", "Shards that wait for their drain to begin.", [])
+        self.drains_queued = self._gauge(
+            "ckptd_drains_queued", "Shards whose drain has not ended: waiting or under way.", []
+        )
         self.commits_total = self._counter(
             "ckptd_commits", "Checkpoints committed in a tier, and those given up, by result.", ["run", "result"]
         )
         self.seal_seconds = self._histogram(
             "ckptd_seal_seconds", "From a rank's call of seal to the sealed slot.", ["run"], _BULK_BUCKETS
-        )
-        self.checksum_seconds_total = self._counter(
-            "ckptd_checksum_seconds", "Time spent on checksums of slots.", ["run"]
         )
         self.slots = self._gauge("ckptd_slots", "Slots in the arena, by state.", ["state"])
         self.memory_used_bytes = self._gauge("ckptd_memory_used_bytes", "Memory that the arena holds.", [])
@@ -87,6 +85,9 @@ class Metrics:
         )
         self.sessions = self._gauge("ckptd_sessions", "Sessions open with trainers and operators.", [])
         self.ranks = self._gauge("ckptd_ranks", "Ranks of this node that are joined to the run.", ["run"])
+        self._describe_build()
+
+    def _describe_build(self) -> None:
         self.build = Info("ckptd_build", "Version of ckptd and of the formats it writes.", registry=self.registry)
         self._all.append((self.build, []))
         self.build.info(

@@ -1,7 +1,7 @@
 """Real daemons, real trainers, real signals: what tests of more than one process are written with.
 
 ``Stage`` owns everything a test starts and removes it afterwards: folders, arenas, processes. Trainers are forked from
-a nursery (``trainer_nursery``) that has torch imported already, so a restart costs milliseconds. No wait here is a sleep:
+a nursery (``trainer_nursery``) that has torch imported already, so a restart costs milliseconds. No wait is a sleep:
 each polls a condition until a deadline, and says what it waited for when that is over.
 """
 
@@ -25,18 +25,18 @@ from typing import Any
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from ckptd_api.v1 import operator_pb2
+from processes import CKPTD, PATIENCE_S, CliResult, Signalled, clean_environment, free_port, run_cli, wait_until
 
 from ckptd.cli import channel
 from ckptd.cli.messages import plain
 from ckptd.errors import CkptdError
-from processes import CKPTD, PATIENCE_S, CliResult, clean_environment, free_port, is_stopped, run_cli, wait_until
 
 __all__ = ["CliResult", "DaemonProcess", "Nursery", "Stage", "TrainerProcess", "free_port", "run_cli", "wait_until"]
 HERE = Path(__file__).parent
 TINY_TRAINER = HERE / "tiny_trainer.py"
 
 
-class DaemonProcess:
+class DaemonProcess(Signalled):
     """One `ckptd serve` in a folder of its own. It is ready when the constructor returns, unless ``wait`` is False.
 
     ``failpoints`` is CKPTD_FAILPOINTS of the daemon alone. ``flags`` are added to the command line.
@@ -78,9 +78,9 @@ class DaemonProcess:
         if self.failpoints:
             env["CKPTD_FAILPOINTS"] = self.failpoints
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self._prefix, str(CKPTD), *self._command], env=env, stdout=log, stderr=log, start_new_session=True
-            )
+            command = [*self._prefix, str(CKPTD), *self._command]
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        self.pid = self.process.pid
         if wait:
             self.wait_ready()
 
@@ -104,33 +104,14 @@ class DaemonProcess:
         return self.process is not None and self.process.poll() is None
 
     @property
-    def is_stopped(self) -> bool:
-        """True while the daemon is halted by SIGSTOP."""
-        return self.is_alive and is_stopped(self.pid)
-
-    @property
-    def pid(self) -> int:
-        assert self.process is not None
-        return self.process.pid
-
-    @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-
-    def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL, and gone when this returns."""
         if self.is_alive:
             self.signal(signal.SIGKILL)
         self.wait_exit()
-
-    def stop(self) -> None:
-        self.signal(signal.SIGSTOP)
-
-    def cont(self) -> None:
-        self.signal(signal.SIGCONT)
 
     def terminate(self) -> int:
         """SIGTERM; the exit code."""
@@ -188,7 +169,7 @@ class DaemonProcess:
     def run_status(self, run: str) -> dict[str, Any]:
         """The newest incarnation of ``run`` as status tells it."""
         mine = [r for r in self.status()["runs"] if r["run"] == run]
-        return max(mine, key=lambda r: int(r["incarnation"].split("-")[0])) if mine else {}
+        return max(mine, key=lambda r: int(r["incarnation"].split("-")[0]), default={})
 
     def watermark(self, run: str, level: str) -> int | None:
         """The newest step of the newest incarnation that is "staged" or "durable"."""
@@ -236,7 +217,7 @@ class Nursery:
         self._process.wait(PATIENCE_S)
 
 
-class TrainerProcess:
+class TrainerProcess(Signalled):
     """A Python script as a process of its own, whose events are JSON lines that it appends to $TRAINER_EVENTS.
 
     A script that waits for the test (``tiny_trainer --hold-at``) polls for a file ``go-NAME`` in $TRAINER_CONTROL.
@@ -276,23 +257,10 @@ class TrainerProcess:
         assert self.wait(timeout_s) == 0, self.stderr
         return self.events[-1]
 
-    def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
     def kill(self) -> None:
         if self.returncode is None:
             self.signal(signal.SIGKILL)
         self.wait()
-
-    def stop(self) -> None:
-        self.signal(signal.SIGSTOP)
-
-    def cont(self) -> None:
-        self.signal(signal.SIGCONT)
-
-    @property
-    def is_stopped(self) -> bool:
-        return self.returncode is None and is_stopped(self.pid)
 
     def close(self) -> None:
         if self.returncode is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -57,12 +58,26 @@ def run_cli(*args: object, timeout_s: float = 60.0, prefix: Sequence[str] = (), 
     return CliResult(done.returncode, done.stdout, done.stderr)
 
 
-def is_stopped(pid: int) -> bool:
-    """True while every thread of the process is halted (state T)."""
-    try:
-        states = [
-            Path(task, "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()
-        ]
-    except FileNotFoundError:
-        return False
-    return all(state == "T" for state in states)
+class Signalled:
+    """What any process of a test can be told by its ``pid``."""
+
+    pid: int
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def cont(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    @property
+    def is_stopped(self) -> bool:
+        """True while every thread of it is halted by SIGSTOP (state T)."""
+        try:
+            tasks = list(Path(f"/proc/{self.pid}/task").iterdir())
+            states = [Path(task, "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
+        except FileNotFoundError:
+            return False
+        return all(state == "T" for state in states)

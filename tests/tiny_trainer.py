@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -31,11 +32,15 @@ def emit(event: str, **fields: Any) -> None:
     os.close(fd)
 
 
+def is_released(name: object) -> bool:
+    return Path(os.environ["TRAINER_CONTROL"], f"go-{name}").exists()
+
+
 def hold(name: object) -> None:
     """Wait until the test says to go on."""
     emit("holding", name=name)
     until = time.monotonic() + 60
-    while not Path(os.environ["TRAINER_CONTROL"], f"go-{name}").exists():
+    while not is_released(name):
         if time.monotonic() > until:
             raise TimeoutError(f"held at {name} for 60 s")
         time.sleep(0.005)
@@ -69,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jitter-s", type=float, default=0.0, help="sleep up to so long in each step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-at", type=int, action="append", default=[], help="wait after this step for go-STEP")
+    parser.add_argument("--free", action="store_true", help="train until go-end, then until a step is --wait'ed for")
     parser.add_argument("--mutate", choices=("during", "after"), help="change a weight beside the optimizer")
     parser.add_argument("--crash-after-restore", action="store_true")
     parser.add_argument("--ignore-close", action="store_true", help="exit without close()")
@@ -135,7 +141,9 @@ def main() -> int:
         if options.crash_after_restore:
             os._exit(9)
         snapshots: list[Any] = []
-        for step in range(restored.step + 1 if restored else 1, options.steps + 1):
+        first, last_tries = restored.step + 1 if restored else 1, 0
+        for step in itertools.count(first) if options.free else range(first, options.steps + 1):
+            is_ending = options.free and is_released("end")
             started = time.monotonic()
             time.sleep(options.step_s + options.jitter_s * rng.random())
             train_step(model, optimizer, step, rank, options.width)
@@ -145,7 +153,7 @@ def main() -> int:
                 snapshots.append(snapshot)
                 if options.mutate == "during":
                     next(model.parameters()).data.add_(1.0)
-                if options.wait:
+                if options.wait and (is_ending or not options.free):
                     outcome(snapshot, options.wait)
                 if options.mutate == "after":
                     next(model.parameters()).data.add_(1.0)
@@ -160,6 +168,9 @@ def main() -> int:
             )
             if step in options.hold_at:
                 hold(step)
+            last_tries += is_ending
+            if is_ending and (newest(snapshots, options.wait or "staged") == step or last_tries == 20):
+                break
         if snapshots:
             outcome(snapshots[-1], "staged")
         if options.ignore_close:

@@ -19,6 +19,8 @@ from typing import Any
 
 import ckptd_client  # noqa: F401  what trainers import, imported once for all of them
 import torch
+import torch._dynamo  # what the first optimizer hook would import
+import torch.distributed
 
 from ckptd import failpoints
 

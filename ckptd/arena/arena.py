@@ -1,8 +1,8 @@
 """The arena: all slots of a node, within a budget, in one locked folder of shared memory.
 
 Decisions (what may be reused) come from ``recycle``; bytes from ``slot``. Invariants, checked by ``check_invariants``:
-allocated bytes never exceed the budget once something new is made; no kept or leased slot is handed out; every file in
-the folder is known. Slots of some size are made by one background thread, because the first touch of shared memory
+allocated bytes never exceed the budget once something new is made; no kept or leased slot is handed out; every known
+slot has its file. Slots of some size are made by one background thread, because the first touch of shared memory
 runs at a few GB/s.
 """
 
@@ -21,7 +21,7 @@ from typing import Final
 
 from ckptd.arena.budget import check_budget, read_memory_facts
 from ckptd.arena.checksum import Checksummer
-from ckptd.arena.recycle import RunMarks, why_kept
+from ckptd.arena.recycle import UNDECIDED, RunMarks, why_kept
 from ckptd.arena.slot import Slot
 from ckptd.errors import ArenaLocked, BudgetRefused, Corrupt, FormatTooNew, InvalidRequest, NoSlot, SlotNotReady
 from ckptd.files import sweep_temporaries
@@ -213,13 +213,30 @@ class Arena:
 
     def begin(self, header: SlotHeader) -> Slot:
         """A slot of this rank, WRITING for ``header``. SlotNotReady while one is being made; NoSlot with the reason."""
+        return self._begin(header, self.slots_per_rank)
+
+    def begin_restore(self, header: SlotHeader) -> Slot:
+        """The same for what is restored from elsewhere: every slot of the rank may wait for this very restore's
+        decision, so it may have one more, and when memory has no room the oldest that waits (never the newest) goes."""
+        try:
+            return self._begin(header, self.slots_per_rank + 1)
+        except NoSlot:
+            with self.lock:
+                waiting = [s for s in self.slots_of(header.run, header.rank) if self.why_kept(s) == UNDECIDED]
+                waiting.sort(key=lambda slot: slot.sealed_header.snapshot)
+                if len(waiting) < 2:
+                    raise
+                self.free(waiting[0])
+            return self._begin(header, self.slots_per_rank + 1)
+
+    def _begin(self, header: SlotHeader, most_slots: int) -> Slot:
         needed = header.layout.slot_bytes
         key = (header.run, header.rank)
         with self.lock:
             mine = self.slots_of(*key)
             free = [s for s in mine if self.why_kept(s) is None and s.capacity_bytes >= needed]
             if not free:
-                self._grow_or_refuse(header, mine)
+                self._grow_or_refuse(header, mine, most_slots)
                 free = [s for s in self.slots_of(*key) if s.capacity_bytes >= needed and self.why_kept(s) is None]
                 if not free:
                     raise SlotNotReady(f"a slot of {needed} bytes is being made")
@@ -228,14 +245,14 @@ class Arena:
         self.checksummer.follow(slot)
         return slot
 
-    def _grow_or_refuse(self, header: SlotHeader, mine: list[Slot]) -> None:
+    def _grow_or_refuse(self, header: SlotHeader, mine: list[Slot], most_slots: int) -> None:
         key, needed = (header.run, header.rank), header.layout.slot_bytes
         if failure := self._failed.pop(key, None):
             raise NoSlot(f"no shared memory for a slot of {needed} bytes: {failure.strerror}", "free shared memory")
         if key in self._making:
             return
         usable = [s for s in mine if s.capacity_bytes >= needed or self.why_kept(s)]
-        if len(usable) >= self.slots_per_rank:
+        if len(usable) >= most_slots:
             held = "; ".join(f"{s.header.snapshot if s.header else '?'}: {self.why_kept(s)}" for s in usable)
             raise NoSlot(f"all {len(usable)} slots of rank {header.rank} are held ({held})", "serve with more --slots")
         # Slack of a block: the non-tensor state may grow a little without a new slot.

@@ -1,7 +1,8 @@
 """What the arena remembers of a run besides its slots: owner, incarnations, what each restored, the last roster.
 
 One JSON file a run, replaced atomically, so that a restarted daemon knows the order of incarnations and which branch
-was abandoned even when nothing of the newest incarnation was ever staged."""
+was abandoned even when nothing of the newest incarnation was ever staged.
+"""
 
 from __future__ import annotations
 

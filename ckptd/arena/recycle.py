@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
 from ckptd.format.slot import SlotState
 from ckptd.model import Incarnation, SnapshotId
+
+UNDECIDED: Final = "waits for the restore decision"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def why_kept(state: SlotState, snapshot: SnapshotId | None, is_leased: bool, mar
     if state is SlotState.WRITING:
         return None if marks.current and snapshot.incarnation < marks.current else "being written"
     if marks.current is None or (snapshot.incarnation < marks.current and not marks.is_decided):
-        return "waits for the restore decision"
+        return UNDECIDED
     if snapshot in (marks.protected, marks.protecting):
         return "protected"
     if snapshot.incarnation < marks.current:

@@ -71,7 +71,7 @@ class Daemon:
 
         def give_up() -> None:
             silent.set()
-            call.cancel()  # type: ignore[no-untyped-call]
+            call.cancel()
 
         try:
             while True:
@@ -90,7 +90,7 @@ class Daemon:
                 raise DaemonUnreachable(f"the daemon at {self.where} said nothing for {idle_s:g} s") from error
             raise _rebuilt(error, self.where, idle_s) from error
         finally:
-            call.cancel()  # type: ignore[no-untyped-call]
+            call.cancel()
 
 
 @contextmanager

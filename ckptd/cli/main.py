@@ -15,6 +15,7 @@ import typer
 
 import ckptd
 from ckptd.cli import doctor, ls, output, prune, serve, show, status, verify
+from ckptd.cli.demo.verb import demo
 from ckptd.errors import EXIT_OK, EXIT_USAGE, CkptdError, InvalidRequest
 
 EXIT_INTERRUPTED = 130  # by convention 128 + SIGINT
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verb in (serve.serve, status.status, ls.ls, show.show, verify.verify, prune.prune, doctor.doctor):
+for verb in (serve.serve, status.status, ls.ls, show.show, verify.verify, prune.prune, doctor.doctor, demo):
     app.command()(verb)
 
 

@@ -78,6 +78,32 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
+@contextmanager
+def activity() -> Iterator[Callable[[str], None]]:
+    """Says on stderr what is going on, by the yielded ``say(text)``: a line each, the newest beside a clock.
+
+    Without a terminal on stderr, lines with the seconds since the start.
+    """
+    started = time.monotonic()
+
+    def line_of(text: str) -> str:
+        return f"{time.monotonic() - started:6.1f}s  {text}"
+
+    if not sys.stderr.isatty():
+        yield lambda text: show_usage(line_of(text))
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("") as status:
+
+        def say(text: str) -> None:
+            console.print(line_of(text), markup=False)
+            status.update(text)
+
+        yield say
+
+
 def show_error(error: CkptdError, *, is_json: bool) -> None:
     """One line and a hint on stderr; with ``--json`` the same as a document on stdout too."""
     if is_json:

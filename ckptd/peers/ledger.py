@@ -49,6 +49,7 @@ class Ledger:
     _open: dict[int, _Step] = field(default_factory=dict)
     _reported: dict[int, int] = field(default_factory=dict)
     _drain_due: int | None = None
+    _forgotten: int = -1  # the newest dead step whose outcome is no longer remembered: up to it all is settled
 
     # --- events --------------------------------------------------------------------------------------------------
     def begun(self, rank: int, step: int, now_s: float) -> None:
@@ -77,6 +78,9 @@ class Ledger:
             return
         self._open.pop(step, None)
         self.dead[step] = outcome
+        if len(self.dead) > _REMEMBERED:
+            self._forgotten = max(self._forgotten, min(self.dead))
+            self._open = {s: entry for s, entry in self._open.items() if s > self._forgotten}
         self._trim(self.dead)
 
     def tick(self, now_s: float) -> None:
@@ -111,6 +115,7 @@ class Ledger:
         """AssertionError when the ledger contradicts itself; tests run it after every event."""
         assert self.staged is None or self.staged not in self.dead, "a step is staged and dead"
         assert not self._open.keys() & self.dead.keys(), "a dead step is open"
+        assert all(step > self._forgotten for step in self._open), "a step that died long ago is open"
         assert self.draining is None or (self.staged is not None and self.draining <= self.staged)
         assert self.staged is None or all(step > self.staged for step in self._open), "an open step was overtaken"
         assert len(self.dead) <= _REMEMBERED
@@ -118,7 +123,7 @@ class Ledger:
 
     # --- inside --------------------------------------------------------------------------------------------------
     def _is_settled(self, step: int) -> bool:
-        return step in self.dead or (self.staged is not None and step <= self.staged)
+        return step in self.dead or step <= self._forgotten or (self.staged is not None and step <= self.staged)
 
     def _pass_over(self, rank: int, step: int) -> None:
         self._reported[rank] = max(step, self._reported.get(rank, step))

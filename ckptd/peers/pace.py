@@ -55,7 +55,7 @@ class Pace:
         every = self.every.in_steps(None, None)
         persist = self.persist.in_steps(None, None)
         first = _FIRST_INTERVAL[self.every.kind] if every is None else every
-        self.schedule = Schedule((ScheduleEntry(0, first, first if persist is None else persist),))
+        self.schedule = Schedule((ScheduleEntry(0, first, first if persist is None else _multiple(persist, first)),))
 
     def report(self, rank: int, step: int, step_s: float, stall_s: float) -> None:
         """``rank`` is at ``step``; its steps take ``step_s``, a snapshot lost it ``stall_s`` (negative: none yet)."""
@@ -71,9 +71,7 @@ class Pace:
         every = self.every.in_steps(step_s, stall_s)
         if every is None:
             return
-        persist = self.persist.in_steps(step_s, stall_s) or 0
-        # Durable steps are a subset of the due ones.
-        persist = -(-persist // every) * every if every and persist else persist
+        persist = _multiple(self.persist.in_steps(step_s, stall_s) or 0, every)
         last = self.schedule.entries[-1]
         if _close(last.every_steps, every) and _close(last.persist_steps, persist):
             return
@@ -82,6 +80,12 @@ class Pace:
         if last.from_step > self._newest_step:
             return  # the last change is not in force yet: judge it first
         self.schedule = self.schedule.extended(ScheduleEntry(from_step, every, persist))
+
+
+def _multiple(persist: int, every: int) -> int:
+    """``persist`` rounded up to whole intervals: durable steps are a subset of the due ones, and 5 over 2 would else
+    meet at every 10th step only."""
+    return -(-persist // every) * every if every else persist
 
 
 def _close(old: int, new: int) -> bool:

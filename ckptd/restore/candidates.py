@@ -3,7 +3,8 @@
 Newest means: of the highest ordinal known, its highest complete step; else the snapshot it restored itself (its
 recorded parent), and so on down the chain. So an abandoned branch never wins: when step 10 is restored on purpose after
 step 20 was saved, step 20 is off the chain for ever. A snapshot from which three incarnations in a row made nothing
-newer is distrusted, and the next older is tried before it."""
+newer is distrusted, and the next older is tried before it.
+"""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Fetcher:
         deadline = time.monotonic() + SLOT_DEADLINE_S
         while True:
             try:
-                return self._arena.begin(header)
+                return self._arena.begin_restore(header)
             except SlotNotReady:
                 if time.monotonic() > deadline:
                     raise

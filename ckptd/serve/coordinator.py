@@ -55,16 +55,16 @@ class Coordinator:
         self._written: dict[str, dict[int, RankRecord]] = {}
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
-    @property
-    def is_idle(self) -> bool:
-        with self._lock:
-            return self._ledger.is_idle
-
     def set_pace(self, pace: Pace) -> None:
         """The intervals a rank asked for; the first to say so counts (all ranks ask the same)."""
         with self._lock:
             if not self._pace.schedule.at(1 << 62).every_steps:
                 self._pace = pace
+
+    @property
+    def is_idle(self) -> bool:
+        with self._lock:
+            return self._ledger.is_idle
 
     def report(self, request: pb.ReportRequest) -> types_pb2.Watermarks:
         """Take one node's progress in order; the watermarks after it."""

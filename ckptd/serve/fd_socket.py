@@ -3,7 +3,8 @@
 Frames are a 4-byte big-endian length and JSON. ``{"op": "session"}`` answers ``{"token", "instance"}``, the token bound
 to the uid the kernel reports (SO_PEERCRED). ``{"op": "slot", "token", "slot", "writable"}`` answers ``{"slot_bytes"}``
 with the descriptor. Errors answer ``{"error": {"name", "message", "hint"}}``. Descriptors are opened afresh for every
-hand-over, so that locks and offsets are the receiver's own."""
+hand-over, so that locks and offsets are the receiver's own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP for people and machines: /metrics, /livez, /readyz."""
+"""HTTP for machines: /metrics, /livez, /readyz."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -29,7 +30,6 @@ from ckptd.serve.node_run import NodeRun
 from ckptd.serve.sessions import Identity, Sessions
 from ckptd.tiers.tier import Tier
 
-_TICK_S: Final = 0.5
 _MOST_INCARNATIONS: Final = 64
 log = structlog.get_logger()
 
@@ -53,7 +53,6 @@ class Node:
         self._runs: dict[tuple[str, Incarnation], NodeRun] = {}
         self._coordinators: dict[tuple[str, Incarnation], Coordinator] = {}
         self._lock = threading.RLock()
-        self._stop = threading.Event()
 
     # --- life ----------------------------------------------------------------------------------------------------
     def open(self) -> None:
@@ -65,63 +64,32 @@ class Node:
                 self.arena.problems.append(record.message)
                 continue
             self.records[record.run] = record
-            newest = record.newest
-            if newest and newest.roster and not newest.is_ended:
-                self._take_up(record.run, newest.incarnation, newest.roster).report_held()
-        threading.Thread(target=self._tick, name="tick", daemon=True).start()
+            held = {slot.sealed_header.snapshot.incarnation for slot in self.arena.sealed(record.run)}
+            for known in record.incarnations.values():
+                # Older incarnations too: one of them may have been killed in the middle of a drain.
+                if known.roster and not known.is_ended and (known is record.newest or known.incarnation in held):
+                    self._take_up(record.run, known.incarnation, known.roster).report_held()
 
-    def close(self, drain_deadline_s: float) -> bool:
-        """Finish drains and commits within the deadline; False when some had to be left to the next start."""
-        is_done = self.drainer.wait_idle(drain_deadline_s)
+    def finish_drains(self, deadline_s: float) -> bool:
+        """Wait for drains and commits; False when some are left to the next start."""
+        until = time.monotonic() + deadline_s
+        is_done = self.drainer.wait_idle(deadline_s)
         for run in self.node_runs():
-            with run.changed:
-                is_done &= run.changed.wait_for(lambda run=run: not run.is_draining, drain_deadline_s)  # type: ignore[misc]
-        self._stop.set()
+            is_done &= run.wait_drained(max(0.0, until - time.monotonic()))
+        return is_done
+
+    def close(self) -> None:
+        """Stop the threads; what is sealed stays for the next daemon."""
         self.drainer.close()
-        for coordinator in list(self._coordinators.values()):
+        for coordinator in self.coordinators():
             coordinator.close()
         self.arena.close()
-        return is_done
 
     def _read_node_id(self) -> str:
         path = self.settings.arena / "node_id"
         if not path.exists():
             write_atomic(path, secrets.token_hex(8).encode(), sync=False)
         return path.read_text()
-
-    def _tick(self) -> None:
-        while not self._stop.wait(_TICK_S):
-            try:
-                self.arena.expire_leases()
-                for coordinator in list(self._coordinators.values()):
-                    coordinator.tick()
-                for run in self.node_runs():
-                    run.report()
-                self._drop_orphans()
-                self._observe()
-            except Exception:  # a thread's boundary: the next tick tries again
-                log.exception("tick failed")
-
-    def _drop_orphans(self) -> None:
-        """Slots being written by a client that is gone and will not join again."""
-        for slot in self.arena.slots():
-            header = slot.header
-            if slot.state.name != "WRITING" or header is None or slot.leases:
-                continue
-            run = self._runs.get((header.run, header.snapshot.incarnation))
-            joined = run.ranks.get(header.rank) if run else None
-            if (joined is None or joined.state != "joined") and not slot.is_mapped_by_a_client():
-                self.arena.free(slot)
-                if run:
-                    run.report(run.dead(header.rank, header.snapshot.step, "StepDead", "its writer is gone"))
-
-    def _observe(self) -> None:
-        states = [slot.state.name.lower() for slot in self.arena.slots()]
-        for state in ("free", "writing", "sealed"):
-            self.metrics.slots.labels(state).set(states.count(state))
-        self.metrics.memory_used_bytes.set(self.arena.used_bytes)
-        self.metrics.memory_budget_bytes.set(self.settings.memory_bytes)
-        self.metrics.sessions.set(len(self.sessions))
 
     def _on_corrupt(self, place: str, problem: str) -> None:
         log.error("corrupt copy set aside", place=place, problem=problem)
@@ -140,7 +108,7 @@ class Node:
         return record
 
     def is_ended(self, run: str) -> bool:
-        """Every rank of the run called close() and its drains are over."""
+        """Every rank called close() in the newest incarnation; its drains may still be under way."""
         record = self.records.get(run)
         return bool(record and record.newest and record.newest.is_ended)
 
@@ -228,13 +196,29 @@ class Node:
             raise DaemonUnreachable(f"this daemon does not coordinate run {request.run}")
         return coordinator.report(request)
 
-    def end(self, run: str, incarnation: Incarnation) -> None:
-        """Mark the incarnation ended: every rank of this node called close(). Its slots go when memory is full."""
+    def coordinators(self) -> list[Coordinator]:
         with self._lock:
-            record = self.records.get(run)
-            known = record.incarnations.get(incarnation) if record else None
-            if record and known and not known.is_ended:
+            return list(self._coordinators.values())
+
+    def settle(self, node_run: NodeRun) -> None:
+        """Mark the incarnation ended once every rank left and its drains are over: its slots go when memory is short.
+
+        An older incarnation is ended, and forgotten, once it has nobody and nothing to drain: a newer one took over.
+        """
+        key = (node_run.run, node_run.incarnation)
+        with self._lock:
+            record, coordinator = self.records.get(node_run.run), self._coordinators.get(key)
+            known = record.incarnations.get(node_run.incarnation) if record else None
+            if record is None or coordinator is None or known is None:
+                return
+            is_overtaken = known is not record.newest and not node_run.has_members
+            if node_run.is_draining or not ((node_run.has_ended and coordinator.is_idle) or is_overtaken):
+                return
+            if not known.is_ended:
                 self._remember(record, replace(known, is_ended=True))
+            if is_overtaken:
+                self._coordinators.pop(key).close()
+                self._runs.pop(key)
 
     def forget(self, run: str) -> None:
         """Drop a run's slots and record from memory: its checkpoints in the tiers stay."""

@@ -2,7 +2,8 @@
 
 Events come from the services and from the drainer; each is reported to the coordinator at once, and the watermarks in
 the answer wake the ranks' watch streams and start or end drains. When the coordinator cannot be reached nothing is
-recycled (the last watermarks stay in force) and the report is kept for the next try."""
+recycled (the last watermarks stay in force) and the report is kept for the next try.
+"""
 
 from __future__ import annotations
 
@@ -99,6 +100,11 @@ class NodeRun:
         return sum(rank.state == "joined" for rank in self.ranks.values())
 
     @property
+    def has_members(self) -> bool:
+        """Some rank of this node is joined."""
+        return self._alive() > 0
+
+    @property
     def has_ended(self) -> bool:
         """Every rank of this node called close()."""
         mine = set(self.roster.ranks_of(self._node_id))
@@ -172,6 +178,11 @@ class NodeRun:
     @property
     def is_draining(self) -> bool:
         return bool(self._drain_leases)
+
+    def wait_drained(self, timeout_s: float) -> bool:
+        """True once nothing of this incarnation is on its way to a tier."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not self._drain_leases, timeout_s)
 
     def draining_ids(self) -> set[SnapshotId]:
         return {SnapshotId(self.incarnation, step) for step in self._drain_leases}

@@ -114,8 +114,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         run = self._run(request)
         run.leave(request.rank, "left")
-        if run.has_ended:
-            self._node.end(run.run, run.incarnation)
+        self._node.settle(run)
         return pb.LeaveResponse()
 
     # --- save ------------------------------------------------------------------------------------------------------

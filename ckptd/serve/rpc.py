@@ -25,7 +25,7 @@ def caller() -> Identity:
     return _caller.get()
 
 
-class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+class Boundary(grpc.ServerInterceptor):
     """The one place where exceptions of a method become gRPC errors, and tokens identities."""
 
     def __init__(self, sessions: Sessions, metrics: Metrics) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -20,11 +21,13 @@ from ckptd.config import Settings, fd_socket_path, parse_host_port
 from ckptd.errors import CkptdError, InvalidRequest, NotPermitted
 from ckptd.serve.fd_socket import FdSocket
 from ckptd.serve.http import serve_http
+from ckptd.serve.logs import configure_logging
 from ckptd.serve.node import Node, open_tiers
 from ckptd.serve.node_service import NodeService
 from ckptd.serve.operator_service import OperatorService
 from ckptd.serve.rpc import Boundary, caller
 from ckptd.serve.sessions import Identity
+from ckptd.serve.upkeep import Upkeep
 
 # Every rank holds one thread for its watch stream; threads are made as they are needed.
 _THREADS: Final = 512
@@ -64,14 +67,16 @@ class _RawWrites:
         handlers["Write"] = grpc.stream_unary_rpc_method_handler(
             write.stream_unary, None, node_pb2.WriteResponse.SerializeToString
         )
-        self._server.add_registered_method_handlers(service, handlers)  # type: ignore[attr-defined]  # not in the stubs
+        self._server.add_registered_method_handlers(service, handlers)
 
 
 def serve(settings: Settings) -> int:
     """Run the daemon until SIGTERM or SIGINT. Exit code 0, or 3 when drains were left to the next start."""
+    configure_logging(settings.log_level, is_json=settings.log_json)
     tiers = open_tiers(settings)
     node = Node(settings, tiers)
     node.open()
+    upkeep = Upkeep(node)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -83,6 +88,9 @@ def serve(settings: Settings) -> int:
         web = serve_http(*parse_host_port(settings.http), _pages(node, services_up))
     fd_socket.start()
     server.start()
+    upkeep.start()
+    if settings.allow_group:
+        shutil.chown(socket_path, group=settings.allow_group)
     socket_path.chmod(0o660)
     services_up.set("", health_pb2.HealthCheckResponse.SERVING)
     log.info("serving", socket=str(socket_path), listen=settings.listen, http=settings.http, node=node.node_id)
@@ -90,7 +98,9 @@ def serve(settings: Settings) -> int:
     stop.wait()
     log.info("stopping", drain_deadline_s=settings.drain_deadline_s)
     services_up.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    is_done = node.close(settings.drain_deadline_s)
+    is_done = node.finish_drains(settings.drain_deadline_s)
+    upkeep.close()
+    node.close()
     server.stop(grace=0.5).wait()
     fd_socket.close()
     if web:

@@ -2,7 +2,8 @@
 
 No collective and no process group: the default group's store, else a client of MASTER_ADDR/PORT, else (world size 1) a
 dictionary. Only ``set``, ``check`` and ``get`` of keys that exist are used: a blocking wait in a background thread
-would hold the store's lock against the training thread."""
+would hold the store's lock against the training thread.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ comes before the copy has ended must wait. While it waits, the training thread c
 otherwise.
 
 Invariants: the mark is published in payload order; a group (what one fence guards) is checked for tearing after its
-last piece is copied and before its fence lets go; once ``failed`` is set nothing more is copied."""
+last piece is copied and before its fence lets go; once ``failed`` is set nothing more is copied.
+"""
 
 from __future__ import annotations
 

@@ -62,11 +62,11 @@ class Checkpointer:
         every: a snapshot every so many steps, or so much time, or "auto": lost time at most 1 % of training time, and
             at least one snapshot every 10 minutes.
         persist_every: the same for durable snapshots; None: as the daemon's tiers say.
-        protect: "k+m", "auto" or "off": parity on other nodes. A run of one node has none.
+        protect: "k+m", "auto" or "off": parity on other nodes. Not in use yet: runs of one node have none.
         fenced: {name: tensors} that the caller's own code mutates (EMA weights): copied lazily, and the caller calls
             ``fence()`` before mutating them.
-        timing: collect timings of collectives.
-        shadow: device memory that may be used so that a fence need not wait: "auto", bytes, 0.
+        timing: collect timings of collectives. Not in use yet.
+        shadow: device memory that may be used so that a fence need not wait: "auto", bytes, 0. Not in use yet.
         on_error: "warn" logs what went wrong with a save; "raise" raises it from ``save()`` and ``step()``.
 
     Raises:
@@ -117,7 +117,8 @@ class Checkpointer:
             lambda: self._engine.forget_mappings(),
         )
         self._engine = CaptureEngine(self._link, is_pinned=any(leaf.tensor.is_cuda for leaf in leaves))
-        self._hooks = OptimizerHooks(optimizers_in(state), self._fence)
+        self._hooks = OptimizerHooks(self._fence)
+        self._hooks.attach(optimizers_in(state))
         self._link.start()
         if problem := self._link.wait_joined(JOIN_S):
             log.warning("training goes on without snapshots: %s", problem)
@@ -213,6 +214,7 @@ class Checkpointer:
         leaves = walk.leaves
         if self._plan is None or self._plan.key != plan_key(leaves):
             self._plan = Plan(leaves)
+            self._hooks.attach(optimizers_in(self._state))
             self._log_plan(leaves)
         tree = encode_tree({"state": walk.tree, "rng": capture_rng()}, encode_torch)
         is_persisted = persist or self._pending.schedule.is_persisted(step)

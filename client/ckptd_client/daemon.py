@@ -1,7 +1,8 @@
 """The connection to the node's daemon: session, calls with deadlines, and descriptors of slots.
 
 Every call carries the session token; an expired session (the daemon restarted) is opened again once. Every failure is
-an error of ``ckptd.errors``: nothing of gRPC leaves this module."""
+an error of ``ckptd.errors``: nothing of gRPC leaves this module.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +170,7 @@ class Daemon:
         def look() -> None:
             nonlocal timer
             if time.monotonic() - last > silence_s:
-                call.cancel()  # type: ignore[no-untyped-call]
+                call.cancel()
                 return
             timer = _timer(silence_s / 2, look)
 
@@ -182,11 +183,11 @@ class Daemon:
             raise self._translate(error) from error
         finally:
             timer.cancel()
-            call.cancel()  # type: ignore[no-untyped-call]
+            call.cancel()
 
     def write(self, messages: Iterator[bytes], timeout_s: float) -> Any:
         """The write stream, its messages already encoded (see ``handover``)."""
-        send = self._channel.stream_unary(_WRITE, None, node_pb2.WriteResponse.FromString)
+        send: Any = self._channel.stream_unary(_WRITE, None, node_pb2.WriteResponse.FromString)
         try:
             return send(messages, timeout=timeout_s, metadata=self._meta())
         except grpc.RpcError as error:

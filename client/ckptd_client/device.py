@@ -2,7 +2,8 @@
 
 The side stream waits, by event, for what the compute stream had enqueued at save(); the fence is a wait of the compute
 stream, not of the host. Events and streams belong to the device of the tensors, and the worker thread sets it before
-use."""
+use.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class CaptureEngine:
             self._thread.join(1.0)
         self._bindings.clear()
         if self._handover:
-            self._handover.close()
+            self._handover.forget()
 
     # --- the thread ------------------------------------------------------------------------------------------------
     def _work(self) -> None:

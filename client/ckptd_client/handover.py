@@ -9,7 +9,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from ckptd_client.daemon import Daemon
 from ckptd_client.mapping import Bytes, MappedSlot
 
 ENV: Final = "CKPTD_HANDOVER"
-MESSAGE_BYTES: Final = 2 * 1024 * 1024
+MESSAGE_BYTES: Final = 1024 * 1024
 _STREAM_S: Final = 3600.0
 _STALLED_S: Final = 120.0
 
@@ -63,9 +63,7 @@ class SharedTarget:
 class StreamTarget:
     """A buffer here, streamed to the daemon behind the mark."""
 
-    def __init__(
-        self, daemon: Daemon, slot: str, generation: int, buffer: Bytes, use: int, pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, daemon: Daemon, slot: str, generation: int, buffer: Bytes, use: int) -> None:
         self.payload = buffer
         self.key = "buffer"
         self.use = use
@@ -74,7 +72,10 @@ class StreamTarget:
         self._written = 0
         self._is_over = False
         self._moved = threading.Condition()
-        self._sending: Future[Any] = pool.submit(daemon.write, self._messages(), _STREAM_S)
+        self._daemon = daemon
+        self._sent: Future[Any] = Future()
+        # A daemon thread: an interpreter that exits must not wait for a stream nobody feeds any more.
+        threading.Thread(target=self._send, name="ckptd-stream", daemon=True).start()
 
     def publish(self, written_bytes: int) -> None:
         with self._moved:
@@ -83,7 +84,7 @@ class StreamTarget:
 
     def finish(self, timeout_s: float) -> None:
         try:
-            self._sending.result(timeout_s)
+            self._sent.result(timeout_s)
         except TimeoutError as error:
             self.abort()
             raise CkptdError(f"the daemon did not take the stream within {timeout_s:g} s") from error
@@ -92,6 +93,12 @@ class StreamTarget:
         with self._moved:
             self._is_over = True
             self._moved.notify()
+
+    def _send(self) -> None:
+        try:
+            self._sent.set_result(self._daemon.write(self._messages(), _STREAM_S))
+        except CkptdError as error:
+            self._sent.set_exception(error)
 
     def _messages(self) -> Iterator[bytes]:
         sent, view = 0, self.payload.data
@@ -122,7 +129,6 @@ class Handover:
         self._mapped: OrderedDict[str, MappedSlot] = OrderedDict()
         self._buffer: Bytes = np.empty(0, np.uint8)
         self._uses = 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptd-stream")
 
     def open(self, slot: str, generation: int, payload_bytes: int) -> Target:
         """The target for a slot that begin() granted."""
@@ -140,16 +146,12 @@ class Handover:
             self._uses += 2
         self._uses += 1
         buffer = self._buffer[:payload_bytes]
-        return StreamTarget(self._daemon, slot, generation, buffer, self._uses, self._pool)
+        return StreamTarget(self._daemon, slot, generation, buffer, self._uses)
 
     def forget(self) -> None:
-        """The daemon restarted: names may come to mean other files."""
+        """Drop every mapping: at the end, or because the daemon restarted and names may come to mean other files."""
         while self._mapped:
             self._mapped.popitem()[1].close()
-
-    def close(self) -> None:
-        self.forget()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _map(self, slot: str) -> MappedSlot:
         mapped = self._mapped.get(slot)

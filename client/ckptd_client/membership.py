@@ -3,7 +3,8 @@
 (1) Each rank puts its entry with a fresh nonce under ``hello/<rank>``. (2) Rank 0 publishes the roster under
 ``roster``; a rank takes only one that contains its own nonce, and acknowledges it; rank 0 re-reads the entries and
 republishes until all have, so keys of an earlier start do no harm. (3) Rank 0 asks what its daemon and tiers know of
-the run, with or without a restore, and publishes the ordinal."""
+the run, with or without a restore, and publishes the ordinal.
+"""
 
 from __future__ import annotations
 

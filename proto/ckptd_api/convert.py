@@ -1,7 +1,7 @@
 """Between the messages of the wire and the values of ``ckptd.model``: the only place that knows both.
 
-Layer: beside ``config``, used by ``serve`` and ``cli``; pure. An absent message is an absent value: ``from_pb`` of a
-field that was not set is asked for only after ``HasField``.
+Layer: above ``ckptd.model``, used by ``ckptd.serve``, ``ckptd.cli`` and ``ckptd_client``; pure. An absent message is an
+absent value: ``from_pb`` of a field that was not set is asked for only after ``HasField``.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ckptd_api import convert as wire
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd import wire
 from ckptd.model import Incarnation, Roster, RosterEntry, ScheduleEntry, SnapshotId
 
 u32, u64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)

@@ -1,0 +1,1 @@
+"""Programs to copy from: each trains something real and uses only the public interface."""

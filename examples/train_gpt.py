@@ -1,0 +1,1 @@
+../client/ckptd_client/examples/train_gpt.py

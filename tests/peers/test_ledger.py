@@ -1,0 +1,251 @@
+"""The ledger's rules: what happens once, what is passed over, and that snapshots never stop completing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from ckptd.peers.ledger import Ledger, Outcome
+
+DEADLINE_S = 10.0
+
+
+def ledger(world_size: int = 2, *, has_tier: bool = False) -> Ledger:
+    return Ledger(world_size, DEADLINE_S, has_tier=has_tier)
+
+
+def seal_all(book: Ledger, step: int, *, is_persisted: bool = False) -> None:
+    for rank in range(book.world_size):
+        book.begun(rank, step, 0.0)
+        book.sealed(rank, step, is_persisted, 0.0)
+    book.check()
+
+
+def test_a_step_is_staged_when_the_last_rank_has_sealed_it() -> None:
+    book = ledger()
+    book.sealed(0, 3, False, 0.0)
+    assert book.staged is None
+    book.sealed(1, 3, False, 0.0)
+    assert book.staged == 3
+
+
+def test_a_rank_that_goes_on_has_passed_over_what_it_did_not_seal() -> None:
+    book = ledger()
+    book.begun(0, 1, 0.0)
+    book.sealed(0, 1, False, 0.0)
+    book.begun(1, 2, 0.0)
+    assert "rank 1 went on to step 2" in book.dead[1].reason
+
+
+def test_a_seal_that_arrives_after_another_rank_went_on_does_not_stage() -> None:
+    book = ledger()
+    book.sealed(1, 4, False, 0.0)
+    book.sealed(0, 3, False, 0.0)
+    book.sealed(1, 3, False, 0.0)
+    assert book.staged is None
+    assert 3 in book.dead
+
+
+def test_a_dead_step_stays_dead_however_late_its_seals_come() -> None:
+    book = ledger()
+    book.died(5, Outcome("StepDead", "first"))
+    book.died(5, Outcome("StepDead", "second"))
+    seal_all(book, 5)
+    assert book.staged is None
+    assert book.dead[5].reason == "first"
+
+
+def test_a_dead_step_stays_dead_when_many_have_died_since() -> None:
+    book = ledger()
+    for step in range(1, 400):
+        book.died(step, Outcome("StepDead", "no slot"))
+    seal_all(book, 3)
+    assert book.staged is None
+
+
+def test_a_staged_step_cannot_die() -> None:
+    book = ledger()
+    seal_all(book, 2)
+    book.died(2, Outcome("StepDead", "too late"))
+    book.tick(1e9)
+    assert book.staged == 2
+    assert not book.dead
+
+
+def test_the_deadline_names_the_ranks_that_are_missing() -> None:
+    book = ledger(12)
+    book.begun(0, 1, 0.0)
+    book.sealed(0, 1, False, 1.0)
+    book.tick(DEADLINE_S)
+    assert not book.dead
+    book.tick(DEADLINE_S + 0.1)
+    assert book.dead[1].reason == "not sealed by rank 1, 2, 3, 4, 5, 6, 7, 8 and 3 more within 10 s"
+
+
+def test_one_step_is_drained_at_a_time_and_the_newest_due_one_is_next() -> None:
+    book = ledger(has_tier=True)
+    for step in (1, 2, 3):
+        seal_all(book, step, is_persisted=True)
+    assert book.draining == 1
+    assert book.not_durable[2].error == "DrainBusy"
+    book.drained(1)
+    assert (book.durable, book.draining) == (1, 3)
+    book.drain_failed(3, "disk full")
+    assert (book.durable, book.draining) == (1, None)
+    assert book.not_durable[3] == Outcome("DrainFailed", "disk full")
+
+
+def test_nothing_is_drained_without_a_tier_or_when_not_due() -> None:
+    book = ledger()
+    seal_all(book, 1, is_persisted=True)
+    assert book.draining is None
+    book = ledger(has_tier=True)
+    seal_all(book, 1)
+    assert book.draining is None
+
+
+def test_a_step_that_waits_for_the_drain_stays_due_when_a_newer_one_is_not() -> None:
+    book = ledger(has_tier=True)
+    seal_all(book, 1, is_persisted=True)
+    seal_all(book, 2, is_persisted=True)
+    seal_all(book, 3)
+    book.drained(1)
+    # Step 2 is no longer the newest staged: its slot may be gone, so it is passed over with that reason.
+    assert book.draining is None
+    assert 2 in book.not_durable
+
+
+def test_a_run_is_not_idle_while_a_drain_is_under_way_or_waits() -> None:
+    book = ledger(has_tier=True)
+    seal_all(book, 1, is_persisted=True)
+    seal_all(book, 2, is_persisted=True)
+    book.left = {0, 1}
+    assert not book.is_idle
+    book.drained(1)
+    assert not book.is_idle
+    book.drained(2)
+    assert book.is_idle
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Any order of events, also ones that no honest rank would report: the ledger never contradicts itself."""
+
+    @initialize(world_size=st.integers(1, 4), has_tier=st.booleans())
+    def open(self, world_size: int, has_tier: bool) -> None:
+        self.book = ledger(world_size, has_tier=has_tier)
+        self.now = 0.0
+        self.died: set[int] = set()
+        self.staged: list[int] = []
+        self.durable: int | None = None
+
+    def rank(self, number: int) -> int:
+        return number % self.book.world_size
+
+    @rule(rank=st.integers(0, 3), step=st.integers(0, 12))
+    def begun(self, rank: int, step: int) -> None:
+        self.book.begun(self.rank(rank), step, self.now)
+
+    @rule(rank=st.integers(0, 3), step=st.integers(0, 12), is_persisted=st.booleans())
+    def sealed(self, rank: int, step: int, is_persisted: bool) -> None:
+        self.book.sealed(self.rank(rank), step, is_persisted, self.now)
+
+    @rule(step=st.integers(0, 12))
+    def killed(self, step: int) -> None:
+        self.book.died(step, Outcome("StepDead", "test"))
+
+    @rule(passed_s=st.floats(0, 20))
+    def tick(self, passed_s: float) -> None:
+        self.now += passed_s
+        self.book.tick(self.now)
+
+    @rule(is_well=st.booleans())
+    def drain_ends(self, is_well: bool) -> None:
+        if self.book.draining is None:
+            return
+        if is_well:
+            self.book.drained(self.book.draining)
+        else:
+            self.book.drain_failed(self.book.draining, "test")
+
+    @invariant()
+    def nothing_is_contradicted(self) -> None:
+        if not hasattr(self, "book"):
+            return
+        self.book.check()
+        self.died |= self.book.dead.keys()
+        if self.book.staged is not None and self.book.staged not in self.staged:
+            self.staged.append(self.book.staged)
+        assert self.staged == sorted(self.staged), "staged went back"
+        assert not self.died & set(self.staged), "a step was staged and dead"
+        assert self.died == self.book.dead.keys(), "a dead step came back"
+        if self.durable is not None:
+            assert self.book.durable is not None
+            assert self.book.durable >= self.durable
+        self.durable = self.book.durable
+
+
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    world_size=st.integers(1, 5),
+    skips=st.floats(0.0, 0.6),
+    slots=st.integers(2, 4),
+    has_tier=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_ranks_that_skip_at_random_go_on_staging_for_ever(
+    seed: int, world_size: int, skips: float, slots: int, has_tier: bool
+) -> None:
+    """Ranks that run at their own pace, with few slots each, and skip by local decisions (no free slot, a copy still
+    under way): once they stop skipping, a later step is always staged."""
+    rng = random.Random(seed)
+    book = ledger(world_size, has_tier=has_tier)
+    at = [0] * world_size
+    held: list[dict[int, bool]] = [{} for _ in range(world_size)]  # step -> sealed
+
+    def free(rank: int) -> None:
+        for step, is_sealed in list(held[rank].items()):
+            is_kept = step in (book.staged, book.draining) or (not is_sealed) or step > (book.staged or -1)
+            if step in book.dead or not is_kept:
+                del held[rank][step]
+
+    def move(rank: int, chance: float, now_s: float) -> None:
+        free(rank)
+        writing = [step for step, is_sealed in held[rank].items() if not is_sealed]
+        if writing and rng.random() < 0.7:
+            held[rank][writing[0]] = True
+            book.sealed(rank, writing[0], rng.random() < 0.3, now_s)
+            return
+        at[rank] += 1
+        if writing or len(held[rank]) >= slots or rng.random() < chance or at[rank] in book.dead:
+            book.died(at[rank], Outcome("StepDead", f"rank {rank} skips"))
+            return
+        held[rank][at[rank]] = False
+        book.begun(rank, at[rank], now_s)
+
+    for turn in range(400):
+        move(rng.randrange(world_size), skips, turn * 0.01)
+        if book.draining is not None and rng.random() < 0.1:
+            book.drained(book.draining)
+        book.tick(turn * 0.01)
+        book.check()
+    before, now_s = max(at), 4.0
+    for _ in range(3000):
+        # The job's own collectives keep ranks within a step of each other.
+        slowest = min(range(world_size), key=lambda rank: (at[rank], rng.random()))
+        move(slowest, 0.0, now_s)
+        now_s += 0.05
+        book.tick(now_s)
+        book.check()
+        if book.draining is not None and rng.random() < 0.3:
+            book.drained(book.draining)
+        if (book.staged or -1) > before:
+            return
+    pytest.fail(f"nothing after step {before} was staged by step {max(at)}; dead: {list(book.dead.items())[-5:]}")

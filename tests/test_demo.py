@@ -1,0 +1,114 @@
+"""``ckptd demo``: the whole play, what it refuses, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import CKPTD, clean_environment, wait_until
+
+from ckptd.cli.demo import acts
+from ckptd.cli.demo.acts import ACTS, kill_steps
+from ckptd.cli.demo.processes import descendants
+from ckptd.cli.main import run
+
+ROOT = Path(__file__).parents[1]
+
+
+def leftovers(tmp: Path) -> list[Path]:
+    return list(tmp.glob("ckptd-demo-*"))
+
+
+@pytest.mark.slow
+def test_the_demo_recovers_three_times_and_ends_with_the_bits_of_the_undisturbed_run(tmp_path: Path) -> None:
+    arenas = set(Path("/dev/shm").iterdir())
+    done = subprocess.run(
+        [CKPTD, "demo", "--json", "--seed", "3"],
+        env=clean_environment(TMPDIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    shown = json.loads(done.stdout)
+    assert shown["is_good"]
+    assert shown["is_every_loss_equal"]
+    assert shown["are_weights_equal"]
+    assert [r["restored_from"] for r in shown["recoveries"]] == ["memory", "memory", "tier"]
+    planned = kill_steps(shown["steps"], 3)
+    for recovery, step in zip(shown["recoveries"], planned, strict=True):
+        assert step <= recovery["killed_at_step"] <= step + 3
+        assert 0 <= recovery["steps_lost"] <= 4
+    assert not leftovers(tmp_path)
+    assert not {p for p in set(Path("/dev/shm").iterdir()) - arenas if "ckptd-test" not in p.name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, number: int) -> None:
+    process = subprocess.Popen(
+        [CKPTD, "demo"], env=clean_environment(TMPDIR=str(tmp_path)), stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: list(tmp_path.glob("ckptd-demo-*/*.journal")), "the first step", 60)
+    started = descendants(process.pid)
+    assert len(started) >= 4  # daemon, torchrun, two ranks
+    process.send_signal(number)
+    assert process.wait(30) == 130
+    assert not leftovers(tmp_path)
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("flags", [["--nodes", "2"], ["--kill", "2"], ["--nodes", "4", "--kill", "2"]])
+def test_more_than_one_node_is_refused_in_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", *flags]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("ckptd: error: the demo plays with one node")
+
+
+def test_without_torch_the_demo_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    assert run(["demo", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert "torch, which is not installed" in shown.err
+    assert json.loads(shown.out)["error"]["hint"] == "pip install 'ckptd[client]'"
+
+
+def test_the_demo_itself_never_imports_torch() -> None:
+    code = "import sys, ckptd.cli.demo.acts, ckptd.cli.demo.verb; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_kills_come_in_every_third_of_the_run_and_differ_by_seed() -> None:
+    plots = {tuple(kill_steps(36, seed)) for seed in range(50)}
+    assert len(plots) > 25
+    for plot in plots:
+        assert [step // 12 for step in plot] == list(range(len(ACTS)))
+    assert kill_steps(36, 7) == kill_steps(36, 7)
+
+
+def test_a_recovery_from_the_wrong_place_or_none_is_no_recovery() -> None:
+    events = [{"event": "restored", "step": 4, "source": "file:///t", "seconds": 0.1}, {"event": "step", "step": 5}]
+    assert not acts._recovery(ACTS[0], 5, events, 1.0).is_recovered
+    assert acts._recovery(ACTS[2], 5, events, 1.0).is_recovered
+    assert acts._recovery(ACTS[2], 5, events, 1.0).steps_lost == 1
+    assert not acts._recovery(ACTS[0], 5, events[1:], 1.0).is_recovered
+
+
+def test_the_example_is_short_and_uses_only_the_public_interface() -> None:
+    path = ROOT / "examples" / "train_gpt.py"
+    text = path.read_text()
+    assert len(text.splitlines()) < 200
+    imported = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and "ckptd" in (n.module or "")]
+    assert [(n.module, [a.name for a in n.names]) for n in imported] == [("ckptd_client", ["Checkpointer"])]
+    assert path.resolve() == (ROOT / "client/ckptd_client/examples/train_gpt.py").resolve()
