@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 os.environ["CKPTD_HANDOVER"] = "grpc"
 
 import grpc
-from ckptd_client import Checkpointer
-from ckptd_client.handover import MESSAGE_BYTES
 
 from bench.rig import MIB, daemon, report, state_bytes, trained, warm_up
+from ckptd_client import Checkpointer
+from ckptd_client.handover import MESSAGE_BYTES
 
 _METHOD = "/bare.Stream/Take"
 
@@ -83,7 +83,13 @@ def main() -> None:
     stream, handover = statistics.median(bare), statistics.median(ours)
     report(
         "handover",
-        {"bytes": size, "message_bytes": MESSAGE_BYTES, "bare_s": stream, "staged_s": handover, "ratio": stream / handover},
+        {
+            "bytes": size,
+            "message_bytes": MESSAGE_BYTES,
+            "bare_s": stream,
+            "staged_s": handover,
+            "ratio": stream / handover,
+        },
     )
 
 

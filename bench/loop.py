@@ -22,9 +22,9 @@ _SIZE = 256 << 20
 def rank_main(arguments: argparse.Namespace) -> None:
     """One rank: alternating blocks of steps; prints its step times."""
     import torch
-    from ckptd_client import Checkpointer
 
     from bench.rig import state_bytes, trained, warm_up
+    from ckptd_client import Checkpointer
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")

@@ -6,9 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from ckptd_client import Checkpointer
-
 from bench.rig import MIB, daemon, report, trained, warm_up
+from ckptd_client import Checkpointer
 
 
 def private_bytes(pid: int) -> tuple[int, int]:

@@ -10,9 +10,9 @@ import time
 
 import torch
 import torch.distributed.checkpoint as dcp
-from ckptd_client import Checkpointer
 
 from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, timed, trained, warm_up
+from ckptd_client import Checkpointer
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ckptd_client import Checkpointer
 
 MIB = 1 << 20

@@ -6,9 +6,8 @@ import argparse
 import statistics
 import time
 
-from ckptd_client import Checkpointer
-
 from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, trained, warm_up
+from ckptd_client import Checkpointer
 
 
 def main() -> None:
@@ -19,7 +18,10 @@ def main() -> None:
     model, optimizer = trained(arguments.size_mib * MIB)
     size = state_bytes(model, optimizer)
     staged, copies = [], []
-    with daemon("6GiB") as (address, _, _), Checkpointer({"m": model, "o": optimizer}, "stage", address, every=10**9) as c:
+    with (
+        daemon("6GiB") as (address, _, _),
+        Checkpointer({"m": model, "o": optimizer}, "stage", address, every=10**9) as c,
+    ):
         warm_up(c)
         for number in range(arguments.rounds):
             copies.append(memcpy_s(size, 1))

@@ -14,9 +14,9 @@ import time
 
 import torch
 import torch.distributed.checkpoint as dcp
-from ckptd_client import Checkpointer
 
 from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, trained, warm_up
+from ckptd_client import Checkpointer
 
 
 def lost_s(checkpointer: Checkpointer, step: int, step_s: float, wait: bool = True) -> float:
@@ -53,7 +53,10 @@ def main() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     model, optimizer = trained(arguments.size_mib * MIB)
     size = state_bytes(model, optimizer)
-    with daemon("6GiB") as (address, _, _), Checkpointer({"m": model, "o": optimizer}, "stall", address, every=10**9) as c:
+    with (
+        daemon("6GiB") as (address, _, _),
+        Checkpointer({"m": model, "o": optimizer}, "stall", address, every=10**9) as c,
+    ):
         warm_up(c)
         long = [lost_s(c, 10 + n, 0.5) for n in range(arguments.rounds)]
         copies, short = [], []

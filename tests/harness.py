@@ -24,12 +24,12 @@ from typing import Any
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from ckptd_api.v1 import operator_pb2
 from processes import CKPTD, PATIENCE_S, CliResult, Signalled, clean_environment, free_port, run_cli, wait_until
 
 from ckptd.cli import channel
 from ckptd.cli.messages import plain
 from ckptd.errors import CkptdError
+from ckptd_api.v1 import operator_pb2
 
 __all__ = ["CliResult", "DaemonProcess", "Nursery", "Stage", "TrainerProcess", "free_port", "run_cli", "wait_until"]
 HERE = Path(__file__).parent

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ckptd_client import Checkpointer
 from torch import nn
 
 from ckptd.errors import CkptdError
+from ckptd_client import Checkpointer
 
 
 def emit(event: str, **fields: Any) -> None:

@@ -17,11 +17,11 @@ import sys
 import traceback
 from typing import Any
 
-import ckptd_client  # noqa: F401  what trainers import, imported once for all of them
 import torch
 import torch._dynamo  # what the first optimizer hook would import
 import torch.distributed
 
+import ckptd_client  # noqa: F401  what trainers import, imported once for all of them
 from ckptd import failpoints
 
 _PR_SET_PDEATHSIG = 1

@@ -20,10 +20,10 @@ from typing import Any, Final, TypeVar
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it when imported; its log lines are not for operators
 
 import grpc
-from ckptd_api.v1 import node_pb2, node_pb2_grpc, operator_pb2_grpc
 
 from ckptd.config import fd_socket_path, find_socket, parse_host_port
 from ckptd.errors import CkptdError, DaemonUnreachable, InvalidRequest, NotPermitted, error_from_wire
+from ckptd_api.v1 import node_pb2, node_pb2_grpc, operator_pb2_grpc
 
 DEADLINE_S: Final = 10.0
 TIER_DEADLINE_S: Final = 60.0  # a tier on an object store may be slow to list

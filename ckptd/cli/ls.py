@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from ckptd_api.v1 import operator_pb2
 
 from ckptd.cli import options, output
 from ckptd.cli.checkpoints import incarnation_text, parent_text
 from ckptd.errors import EXIT_OK, UnknownRun
+from ckptd_api.v1 import operator_pb2
 
 
 def ls(

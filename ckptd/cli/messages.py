@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from google.protobuf.message import Message
+
 from ckptd_api.convert import incarnation_from_pb
 from ckptd_api.v1 import types_pb2
-from google.protobuf.message import Message
 
 
 def plain(message: Message) -> Any:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated, Final
 
 import typer
-from ckptd_api.v1 import operator_pb2
 
 from ckptd.cli import options, output
 from ckptd.cli.checkpoints import incarnation_text, parent_text
 from ckptd.errors import EXIT_OK, UnknownStep
+from ckptd_api.v1 import operator_pb2
 
 _TENSORS_SHOWN: Final = 50
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ckptd_api.convert import incarnation_from_pb
-from ckptd_api.v1 import operator_pb2, types_pb2
-
 from ckptd.cli import options, output
 from ckptd.errors import EXIT_DEGRADED, EXIT_OK
+from ckptd_api.convert import incarnation_from_pb
+from ckptd_api.v1 import operator_pb2, types_pb2
 
 
 def status(socket: options.Socket = None, as_json: options.Json = False) -> int:

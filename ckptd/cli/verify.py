@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from ckptd_api.convert import incarnation_from_pb
-from ckptd_api.v1 import operator_pb2
 
 from ckptd.cli import options, output
 from ckptd.errors import EXIT_DATA_LOST, EXIT_OK, UnknownRun, UnknownStep
+from ckptd_api.convert import incarnation_from_pb
+from ckptd_api.v1 import operator_pb2
 
 
 def verify(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ckptd_api.convert import snapshot_from_pb, snapshot_to_pb
-from ckptd_api.v1 import operator_pb2 as pb
-
 from ckptd.errors import CkptdError, NotPermitted
 from ckptd.format.index import decode_index
 from ckptd.model import ShardIndex, SnapshotId
@@ -14,6 +11,8 @@ from ckptd.restore.inventory import MEMORY
 from ckptd.serve.node import Node
 from ckptd.serve.sessions import Identity
 from ckptd.tiers.tier import Tier
+from ckptd_api.convert import snapshot_from_pb, snapshot_to_pb
+from ckptd_api.v1 import operator_pb2 as pb
 
 
 class Catalog:

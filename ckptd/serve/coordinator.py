@@ -12,9 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
-from ckptd_api.convert import schedule_entry_to_pb
-from ckptd_api.v1 import coordinator_pb2 as pb
-from ckptd_api.v1 import types_pb2
 
 from ckptd.errors import CkptdError, CommitConflict
 from ckptd.format.manifest import ArrayRecord, Manifest, RankRecord
@@ -23,6 +20,9 @@ from ckptd.peers.ledger import Ledger, Outcome
 from ckptd.peers.pace import Pace
 from ckptd.tiers.retention import expendable
 from ckptd.tiers.tier import Tier
+from ckptd_api.convert import schedule_entry_to_pb
+from ckptd_api.v1 import coordinator_pb2 as pb
+from ckptd_api.v1 import types_pb2
 
 log = structlog.get_logger()
 

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
-from ckptd_api.v1 import coordinator_pb2 as pb
 
 from ckptd.arena.slot import Slot
 from ckptd.errors import CkptdError, Corrupt
@@ -18,6 +17,7 @@ from ckptd.format.blocks import find_corrupt_block
 from ckptd.metrics import Metrics
 from ckptd.model import SnapshotId
 from ckptd.tiers.tier import Tier
+from ckptd_api.v1 import coordinator_pb2 as pb
 
 log = structlog.get_logger()
 

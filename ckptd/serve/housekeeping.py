@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from ckptd_api.convert import snapshot_from_pb
-from ckptd_api.v1 import operator_pb2 as pb
-
 from ckptd.errors import CkptdError
 from ckptd.format.manifest import Manifest
 from ckptd.serve.catalog import tier_rows
 from ckptd.serve.coordinator import expendable_in
 from ckptd.serve.node import Node
 from ckptd.tiers.tier import Tier
+from ckptd_api.convert import snapshot_from_pb
+from ckptd_api.v1 import operator_pb2 as pb
 
 
 def prune_actions(node: Node, run: str, is_applied: bool) -> list[pb.PruneAction]:

@@ -10,8 +10,6 @@ from dataclasses import replace
 from typing import Final
 
 import structlog
-from ckptd_api.v1 import coordinator_pb2 as pb
-from ckptd_api.v1 import types_pb2
 
 from ckptd.arena.arena import Arena
 from ckptd.arena.records import IncarnationRecord, RunRecord, delete_record, load_records, save_record
@@ -29,6 +27,8 @@ from ckptd.serve.drainer import Drainer
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.sessions import Identity, Sessions
 from ckptd.tiers.tier import Tier
+from ckptd_api.v1 import coordinator_pb2 as pb
+from ckptd_api.v1 import types_pb2
 
 _MOST_INCARNATIONS: Final = 64
 log = structlog.get_logger()

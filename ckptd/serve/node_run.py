@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import structlog
-from ckptd_api.convert import incarnation_to_pb
-from ckptd_api.v1 import coordinator_pb2 as pb
-from ckptd_api.v1 import types_pb2
 
 from ckptd.arena.arena import Arena, Lease
 from ckptd.errors import CkptdError
@@ -23,6 +20,9 @@ from ckptd.format.slot import SlotState
 from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId
 from ckptd.serve.drainer import Drain, Drainer
+from ckptd_api.convert import incarnation_to_pb
+from ckptd_api.v1 import coordinator_pb2 as pb
+from ckptd_api.v1 import types_pb2
 
 _MOST_UNSENT: Final = 4096
 log = structlog.get_logger()

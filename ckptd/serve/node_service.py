@@ -9,9 +9,6 @@ from typing import Any, Final
 
 import grpc
 import structlog
-from ckptd_api.convert import incarnation_from_pb, roster_from_pb, snapshot_from_pb, snapshot_to_pb
-from ckptd_api.v1 import coordinator_pb2, node_pb2_grpc, types_pb2
-from ckptd_api.v1 import node_pb2 as pb
 
 import ckptd
 from ckptd.arena.slot import Slot
@@ -29,6 +26,9 @@ from ckptd.serve.node_run import NodeRun
 from ckptd.serve.rpc import caller
 from ckptd.serve.sessions import Identity
 from ckptd.tiers.tier import Tier
+from ckptd_api.convert import incarnation_from_pb, roster_from_pb, snapshot_from_pb, snapshot_to_pb
+from ckptd_api.v1 import coordinator_pb2, node_pb2_grpc, types_pb2
+from ckptd_api.v1 import node_pb2 as pb
 
 _HEARTBEAT_S: Final = 1.0
 _READ_BYTES: Final = 2 * 1024 * 1024
@@ -148,7 +148,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             raise
         except CkptdError as error:
             self._node.metrics.skips_total.labels(run.run, type(error).__name__).inc()
-            run.report(run.dead(request.rank, request.step, type(error).__name__, error.message))
+            run.report(run.dead(request.rank, request.step, type(error).__name__, str(error)))
             raise
         run.report(_progress(request.rank, request.step, coordinator_pb2.LEVEL_BEGUN))
         failpoint("begin.after")

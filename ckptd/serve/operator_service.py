@@ -6,9 +6,6 @@ import os
 from collections.abc import Iterator
 
 import grpc
-from ckptd_api.convert import incarnation_to_pb, snapshot_to_pb
-from ckptd_api.v1 import operator_pb2 as pb
-from ckptd_api.v1 import operator_pb2_grpc
 
 import ckptd
 from ckptd.errors import CkptdError, UnknownRun, UnknownStep
@@ -19,6 +16,9 @@ from ckptd.serve.node import Node
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.rpc import caller
 from ckptd.serve.verification import verify
+from ckptd_api.convert import incarnation_to_pb, snapshot_to_pb
+from ckptd_api.v1 import operator_pb2 as pb
+from ckptd_api.v1 import operator_pb2_grpc
 
 
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):

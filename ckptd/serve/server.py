@@ -14,7 +14,6 @@ from typing import Any, Final, cast
 
 import grpc
 import structlog
-from ckptd_api.v1 import coordinator_pb2, coordinator_pb2_grpc, node_pb2, node_pb2_grpc, operator_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ckptd.config import Settings, fd_socket_path, parse_host_port
@@ -28,6 +27,7 @@ from ckptd.serve.operator_service import OperatorService
 from ckptd.serve.rpc import Boundary, caller
 from ckptd.serve.sessions import Identity
 from ckptd.serve.upkeep import Upkeep
+from ckptd_api.v1 import coordinator_pb2, coordinator_pb2_grpc, node_pb2, node_pb2_grpc, operator_pb2_grpc
 
 # Every rank holds one thread for its watch stream; threads are made as they are needed.
 _THREADS: Final = 512

@@ -6,12 +6,11 @@ import queue
 import threading
 from collections.abc import Iterator
 
-from ckptd_api.convert import snapshot_from_pb
-from ckptd_api.v1 import operator_pb2 as pb
-
 from ckptd.errors import CkptdError, Corrupt
 from ckptd.restore.inventory import MEMORY
 from ckptd.serve.node import Node
+from ckptd_api.convert import snapshot_from_pb
+from ckptd_api.v1 import operator_pb2 as pb
 
 
 def verify(node: Node, rows: list[pb.CheckpointRow]) -> Iterator[pb.VerifyResponse]:

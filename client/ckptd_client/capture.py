@@ -64,6 +64,7 @@ class Capture:
         self.index_crc = crc32c(index)
         self.is_persisted = is_persisted
         self.failed: CkptdError | None = None
+        self.postponed: CkptdError | None = None  # why the daemon has granted no slot yet
         self.stall_s = 0.0
         self.devices = DeviceCopies(plan, leaves)
         self.binding: Binding | None = None
@@ -163,7 +164,7 @@ class Capture:
         started = time.monotonic()
         with self._changed:
             if not self._changed.wait_for(lambda: self.failed or self.binding is not None, GRANT_S):
-                self.failed = DaemonUnreachable("the daemon granted no slot before the optimizer stepped")
+                self.failed = self.postponed or DaemonUnreachable("the daemon did not answer before the optimizer stepped")
         while not self._are_safe(wanted) and time.monotonic() - started < COPY_S:
             if not self._copy_next():
                 with self._changed:

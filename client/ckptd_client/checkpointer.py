@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 import torch
-from ckptd_api.v1 import types_pb2
 
 from ckptd.errors import (
     CaptureBusy,
@@ -31,6 +30,7 @@ from ckptd.errors import (
 )
 from ckptd.format.tree import encode_tree
 from ckptd.model import check_run_name
+from ckptd_api.v1 import types_pb2
 from ckptd_client.board import find_board
 from ckptd_client.capture import Capture
 from ckptd_client.daemon import Daemon, resolve_address

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from ckptd_api.v1 import node_pb2, node_pb2_grpc
 
 from ckptd.errors import CkptdError, DaemonUnreachable, InvalidRequest, SessionExpired, error_from_wire
+from ckptd_api.v1 import node_pb2, node_pb2_grpc
 
 _LENGTH = struct.Struct(">I")
 _CONNECT_S: Final = 3.0

@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from ckptd_api.v1 import node_pb2, types_pb2
-
 from ckptd.errors import CkptdError, DaemonUnreachable, InstanceChanged, SlotNotReady, StepDead
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import SlotLayout
+from ckptd_api.v1 import node_pb2, types_pb2
 from ckptd_client.binding import Binding
 from ckptd_client.capture import Capture
 from ckptd_client.handover import Handover
@@ -108,6 +107,8 @@ class CaptureEngine:
     def _give_up(self, capture: Capture, step: int, error: CkptdError, slot: str, generation: int) -> None:
         capture.fail(error)
         self._count(error)
+        if isinstance(error, DaemonUnreachable):
+            self._link.suspect(error)
         if not isinstance(error, StepDead):
             error = StepDead(f"step {step}: {error.message}", error.hint)
         capture.snapshot.fail(error)
@@ -136,7 +137,8 @@ class CaptureEngine:
             try:
                 granted: node_pb2.BeginResponse = link.daemon.call("Begin", request, _CALL_S)
                 return granted
-            except SlotNotReady:
+            except SlotNotReady as error:
+                capture.postponed = error
                 if time.monotonic() > until:
                     raise
                 time.sleep(_POLL_S)

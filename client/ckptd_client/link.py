@@ -12,10 +12,9 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from ckptd.errors import CkptdError, DaemonUnreachable
 from ckptd_api.convert import incarnation_to_pb, roster_to_pb
 from ckptd_api.v1 import node_pb2, types_pb2
-
-from ckptd.errors import CkptdError, DaemonUnreachable
 from ckptd_client.daemon import Daemon
 from ckptd_client.membership import Meeting, Membership
 from ckptd_client.pending import Pending
@@ -80,6 +79,10 @@ class Link:
         with self._changed:
             self._changed.wait_for(lambda: self.problem is None, timeout_s)
             return self.problem
+
+    def suspect(self, error: CkptdError) -> None:
+        """A call was not answered: saves are skipped at once, until the daemon is heard of again."""
+        self._set(error)
 
     def close(self, timeout_s: float) -> None:
         """Say goodbye and stop; the daemon goes on with what is staged."""

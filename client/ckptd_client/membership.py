@@ -13,12 +13,11 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from ckptd_api.convert import incarnation_from_pb, incarnation_to_pb, roster_from_pb, roster_to_pb
-from ckptd_api.v1 import node_pb2, types_pb2
-
 from ckptd.errors import RendezvousTimeout
 from ckptd.format.blocks import block_bytes_for
 from ckptd.model import Incarnation, Roster, RosterEntry
+from ckptd_api.convert import incarnation_from_pb, incarnation_to_pb, roster_from_pb, roster_to_pb
+from ckptd_api.v1 import node_pb2, types_pb2
 from ckptd_client.board import Board, wait_for
 from ckptd_client.daemon import Daemon
 

@@ -6,11 +6,10 @@ import threading
 import time
 from typing import Final
 
-from ckptd_api.convert import schedule_entry_from_pb
-from ckptd_api.v1 import types_pb2
-
 from ckptd.errors import CkptdError, DaemonUnreachable, StepDead, error_from_wire
 from ckptd.model import Schedule
+from ckptd_api.convert import schedule_entry_from_pb
+from ckptd_api.v1 import types_pb2
 from ckptd_client.snapshot import Snapshot
 
 _FORGOTTEN_S: Final = 900.0

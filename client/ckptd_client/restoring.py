@@ -17,8 +17,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from ckptd_api.convert import incarnation_to_pb, roster_to_pb, snapshot_from_pb, snapshot_to_pb
-from ckptd_api.v1 import node_pb2
 
 from ckptd.errors import CkptdError, Corrupt, RestoreFailed, RestoreUndecided, StateMismatch, error_from_wire
 from ckptd.format.blocks import HEADER_BYTES, SlotLayout
@@ -26,6 +24,8 @@ from ckptd.format.index import decode_index
 from ckptd.format.manifest import snapshot_from_json, snapshot_to_json
 from ckptd.format.tree import decode_tree
 from ckptd.model import Box, Segment, SnapshotId
+from ckptd_api.convert import incarnation_to_pb, roster_to_pb, snapshot_from_pb, snapshot_to_pb
+from ckptd_api.v1 import node_pb2
 from ckptd_client.board import Board, wait_for
 from ckptd_client.handover import ENV
 from ckptd_client.link import Link

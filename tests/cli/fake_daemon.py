@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from ckptd_api.v1 import node_pb2, operator_pb2, operator_pb2_grpc
 
 from ckptd.errors import CkptdError
+from ckptd_api.v1 import node_pb2, operator_pb2, operator_pb2_grpc
 
 CKPTD = Path(sys.executable).with_name("ckptd")
 TOKEN = "the-token"

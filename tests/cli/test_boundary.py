@@ -17,7 +17,6 @@ from typing import Any
 
 import grpc
 import pytest
-from ckptd_api.v1 import operator_pb2 as pb
 from fake_daemon import CKPTD, Ckptd, FakeDaemon, row
 
 import ckptd as package
@@ -25,6 +24,7 @@ from ckptd.cli import channel
 from ckptd.cli.main import run
 from ckptd.config import Settings
 from ckptd.errors import DaemonUnreachable
+from ckptd_api.v1 import operator_pb2 as pb
 
 VERBS = ("serve", "status", "ls", "show", "verify", "prune", "doctor")
 

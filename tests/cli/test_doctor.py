@@ -8,12 +8,12 @@ import resource
 from pathlib import Path
 
 import pytest
-from ckptd_api.v1 import operator_pb2 as pb
 from fake_daemon import Ckptd, FakeDaemon
 
 from ckptd.arena.budget import MemoryFacts
 from ckptd.cli.checks import machine, memory, tiers
 from ckptd.cli.main import run
+from ckptd_api.v1 import operator_pb2 as pb
 
 GIB = 1 << 30
 ARENA = Path("/dev/shm/ckptd-x")

@@ -6,12 +6,12 @@ import sys
 import time
 
 import pytest
-from ckptd_api.v1 import operator_pb2, types_pb2
 from fake_daemon import row
 
 from ckptd.cli import output
 from ckptd.cli.messages import plain
 from ckptd.cli.show import ranks_text
+from ckptd_api.v1 import operator_pb2, types_pb2
 
 
 def test_plain_tables_are_aligned_and_numbers_stand_right(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from ckptd_api.v1 import operator_pb2 as pb
 from fake_daemon import Ckptd, FakeDaemon, row
 
 from ckptd.errors import NoTier, UnknownRun
+from ckptd_api.v1 import operator_pb2 as pb
 
 
 def status_answer() -> pb.GetStatusResponse:

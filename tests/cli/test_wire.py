@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ckptd_api import convert as wire
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.model import Incarnation, Roster, RosterEntry, ScheduleEntry, SnapshotId
+from ckptd_api import convert as wire
 
 u32, u64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
 incarnations = st.builds(Incarnation, u64, u64)

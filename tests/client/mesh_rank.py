@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 
 import torch.distributed as dist
-from ckptd_client.state import walk_state
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ckptd_client.state import walk_state
 
 
 def main(rank: int) -> None:

@@ -10,13 +10,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from ckptd_client.state import plan_restore
 from state_snapshots import assert_same, restore, save
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+
+from ckptd_client.state import plan_restore
 
 
 def program(seed: int, is_sharded: bool):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from ckptd.format.tree import decode_tree, encode_tree
+from ckptd.model import Box
 from ckptd_client.state import (
     DTYPE_NAMES,
     TORCH_DECODERS,
@@ -13,9 +16,6 @@ from ckptd_client.state import (
     encode_torch,
     plan_restore,
 )
-
-from ckptd.format.tree import decode_tree, encode_tree
-from ckptd.model import Box
 
 
 @dataclass

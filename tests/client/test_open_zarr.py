@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ckptd_client.zarr import open_zarr
 
 from ckptd.errors import Corrupt, InvalidRequest, UnknownRun, UnknownStep
 from ckptd.format.blocks import SlotLayout, checksum_blocks
@@ -13,6 +12,7 @@ from ckptd.format.index import encode_index
 from ckptd.format.manifest import Manifest, folder_name
 from ckptd.model import DTYPE_CODE, DTYPES, Box, Incarnation, Segment, ShardIndex, SnapshotId
 from ckptd.tiers import TierSpec, ZarrTier
+from ckptd_client.zarr import open_zarr
 
 BLOCK_BYTES = 64 * 1024
 RNG = np.random.default_rng(0)

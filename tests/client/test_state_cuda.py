@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ckptd_client.state import TORCH_DECODERS, capture_rng, encode_torch, restore_rng, walk_state
 from state_snapshots import Snapshot, restore, save
 from torch import nn
 
 from ckptd.format.tree import decode_tree, encode_tree
+from ckptd_client.state import TORCH_DECODERS, capture_rng, encode_torch, restore_rng, walk_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

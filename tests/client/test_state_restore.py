@@ -7,6 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from state_snapshots import assert_same, bits, restore, save
+from torch import nn
+from torch.optim import lr_scheduler as sched
+
+from ckptd.errors import StateMismatch
+from ckptd.format.tree import decode_tree, encode_tree
 from ckptd_client.state import (
     TORCH_DECODERS,
     apply_state,
@@ -16,12 +22,6 @@ from ckptd_client.state import (
     restore_rng,
 )
 from ckptd_client.state.fill import PIECE_BYTES, fill_all
-from state_snapshots import assert_same, bits, restore, save
-from torch import nn
-from torch.optim import lr_scheduler as sched
-
-from ckptd.errors import StateMismatch
-from ckptd.format.tree import decode_tree, encode_tree
 
 
 def model_of(seed: int, width: int = 8) -> nn.Module:

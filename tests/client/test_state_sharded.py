@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ckptd_client.state import StateWalker, walk_state
-from ckptd_client.state.leaves import shard_extent
 from hypothesis import given
 from hypothesis import strategies as st
 from state_snapshots import assert_same, restore, save
@@ -22,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckptd.errors import StateNotEncodable
+from ckptd_client.state import StateWalker, walk_state
+from ckptd_client.state.leaves import shard_extent
 
 HERE = Path(__file__).parent
 

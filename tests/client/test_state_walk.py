@@ -6,13 +6,13 @@ import weakref
 
 import pytest
 import torch
-from ckptd_client.state import FenceClass, StateWalker, optimizers_in, walk_state
 from state_snapshots import bits, keep, save
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ckptd.errors import StateNotEncodable
 from ckptd.format.tree import TensorRef, encode_tree
+from ckptd_client.state import FenceClass, StateWalker, optimizers_in, walk_state
 
 
 def small_model() -> nn.Module:

@@ -3,6 +3,8 @@ back, what was sealed is adopted, drains resume, and every checkpoint is committ
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from harness import DaemonProcess, Stage, TrainerProcess, wait_until
 
@@ -23,8 +25,25 @@ PHASES = [
     "tier.before_manifest@2",
     "tier.after_manifest@2",
 ]
+# Run always; the others in `make test-all`.
+DEFAULT = {
+    "kill": (
+        "begin.after",
+        "seal.before_table",
+        "seal.after_flip",
+        "drain.before",
+        "tier.before_index",
+        "tier.after_m",
+    ),
+    "cont": ("begin.before", "seal.before_flip", "tier.before_manifest"),
+    "stop-kill": ("begin.after", "seal.before_report", "tier.before_array"),
+}
 LONGEST_STEP_S = 6.0  # the fence's 2 s and much room for a slow machine; never the minutes of an RPC
 FREE = ("--free", "--step-s", 0.01, "--wait", "durable")
+
+
+def phases(way: str) -> list[Any]:
+    return [p if p.startswith(DEFAULT[way]) else pytest.param(p, marks=pytest.mark.slow) for p in PHASES]
 
 
 def failpoint(phase: str, action: str) -> str:
@@ -66,7 +85,7 @@ def check_end(stage: Stage, daemon: DaemonProcess, trainer: TrainerProcess) -> N
     again.finish()
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", phases("kill"))
 def test_training_goes_on_through_a_daemon_killed_at(stage: Stage, phase: str) -> None:
     daemon = stage.tier_daemon(failpoints=failpoint(phase, "kill"))
     trainer = stage.trainer(daemon, *FREE)
@@ -78,7 +97,7 @@ def test_training_goes_on_through_a_daemon_killed_at(stage: Stage, phase: str) -
     check_end(stage, daemon, trainer)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", phases("cont"))
 def test_training_goes_on_through_a_daemon_stopped_and_continued_at(stage: Stage, phase: str) -> None:
     daemon = stage.tier_daemon(failpoints=failpoint(phase, "stop"))
     trainer = stage.trainer(daemon, *FREE)
@@ -89,7 +108,7 @@ def test_training_goes_on_through_a_daemon_stopped_and_continued_at(stage: Stage
     check_end(stage, daemon, trainer)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", phases("stop-kill"))
 def test_training_goes_on_through_a_daemon_stopped_and_then_killed_at(stage: Stage, phase: str) -> None:
     daemon = stage.tier_daemon(failpoints=failpoint(phase, "stop"))
     trainer = stage.trainer(daemon, *FREE)

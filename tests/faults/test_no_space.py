@@ -62,7 +62,7 @@ def test_an_error_amid_a_drain_gives_up_that_step_and_the_next_is_durable(stage:
 @needs_mounts
 def test_shared_memory_that_is_full_kills_the_step_and_the_next_due_one_tries_again(stage: Stage) -> None:
     daemon = stage.daemon("--arena", "/mnt/arena", memory="8MiB", prefix=on_small_mount("9m"))
-    inside(daemon, "sh", "-c", "head -c 8900k /dev/zero > /mnt/filler || true")
+    inside(daemon, "sh", "-c", "head -c 10m /dev/zero > /mnt/filler; truncate -s -80k /mnt/filler")
     trainer = stage.trainer(daemon, "--steps", 3, "--wait", "staged", "--hold-at", 2)
     trainer.wait_event("holding")
     for event in trainer.of("step"):
@@ -89,10 +89,8 @@ def test_a_slot_that_cannot_be_allocated_leaves_no_file_behind(stage: Stage) -> 
 
 def test_a_state_larger_than_all_memory_is_skipped_with_the_size_it_needs(stage: Stage) -> None:
     daemon = stage.daemon(memory="1MiB")
-    trainer = stage.trainer(daemon, "--steps", 2, "--width", 256, "--wait", "staged")
+    trainer = stage.trainer(daemon, "--steps", 2, "--width", 512, "--wait", "staged")
     assert trainer.finish()["staged"] == -1
     for event in trainer.of("step"):
         assert "needs a slot of" in event["error"]
         assert "--memory" in event["error"]
-
-

@@ -23,9 +23,7 @@ def held(*pairs: tuple[int, int]) -> list[Available]:
 
 def grew(**parents: tuple[int, int] | None) -> dict[Incarnation, Ancestor]:
     """``_2=(1, 10)``: incarnation 2 decided and restored step 10 of incarnation 1; None: it decided for nothing."""
-    return {
-        born(int(name[1:])): Ancestor(True, snap(*parent) if parent else None) for name, parent in parents.items()
-    }
+    return {born(int(name[1:])): Ancestor(True, snap(*parent) if parent else None) for name, parent in parents.items()}
 
 
 def order(available: list[Available], ancestors: dict[Incarnation, Ancestor], asking: int) -> list[tuple[int, int]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ckptd_api.v1 import operator_pb2
-
 import ckptd
 from ckptd.cli import channel
 from ckptd.cli.checks import Check
 from ckptd.config import format_size
 from ckptd.errors import CkptdError, DaemonUnreachable
+from ckptd_api.v1 import operator_pb2
 
 
 def daemon(named: str | None) -> list[Check]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,8 +72,10 @@ class Job:
         return events
 
     def _last_words(self) -> str:
+        """What a rank raised, else the last lines, which are torchrun's summary of it."""
         lines = self.output.read_text(errors="replace").splitlines() if self.output.exists() else []
-        return "its last words: " + " | ".join(lines[-4:]) if lines else "it said nothing"
+        raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Exit|Undecided)\b", line)]
+        return "its last words: " + " | ".join(raised[-2:] or lines[-4:]) if lines else "it said nothing"
 
 
 class Stage:
@@ -107,9 +110,8 @@ class Stage:
         shutil.rmtree(self._arena)
 
     def _is_answering(self) -> bool:
-        from ckptd_api.v1 import operator_pb2
-
         from ckptd.cli import channel
+        from ckptd_api.v1 import operator_pb2
 
         if self._daemon is not None and self._daemon.poll() is not None:
             lines = self._log.read_text(errors="replace").splitlines()

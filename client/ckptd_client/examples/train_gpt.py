@@ -135,7 +135,7 @@ def train(args: argparse.Namespace) -> None:
 
             mean = loss.detach() / dist.get_world_size()
             dist.all_reduce(mean)
-            note(args, "step", step=step, loss=mean.item().hex())
+            note(args, "step", step=step, loss=float(mean).hex())
             if is_first and (step % args.show_every == 0 or step == args.steps):
                 log.info("step %d loss %.4f (%.2f bits a byte)", step, mean.item(), mean.item() / math.log(2))
     note(args, "end", weights=hash_weights(model))
