@@ -15,7 +15,7 @@ from processes import CKPTD, clean_environment, wait_until
 
 from ckptd.cli.demo import acts
 from ckptd.cli.demo.acts import ACTS, kill_steps
-from ckptd.cli.demo.processes import descendants
+from ckptd.cli.demo.processes import descendants, is_running
 from ckptd.cli.main import run
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, numbe
     process.send_signal(number)
     assert process.wait(30) == 130
     assert not leftovers(tmp_path)
-    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in started if is_running(pid)]
 
 
 @pytest.mark.parametrize("flags", [["--nodes", "2"], ["--kill", "2"], ["--nodes", "4", "--kill", "2"]])

@@ -302,6 +302,15 @@ class Arena:
         """A newer incarnation began: what older ones were still writing will never be finished."""
         for slot in self.slots_of(run):
             if slot.state is SlotState.WRITING and slot.header and slot.header.snapshot.incarnation < incarnation:
+                self.take_back(slot)
+
+    def take_back(self, slot: Slot) -> None:
+        """Give back a slot whose writer is taken for gone. One that is only halted still maps it and may write on: then
+        the file is dropped, so that its late bytes never reach a slot that somebody else was given."""
+        with self.lock:
+            if slot.is_mapped_by_a_client():
+                self._remove(slot)
+            else:
                 self.free(slot)
 
     # --- leases --------------------------------------------------------------------------------------------------

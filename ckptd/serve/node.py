@@ -127,11 +127,7 @@ class Node:
         with self._lock:
             record = self.records.setdefault(run, RunRecord(run, identity.name))
             self.sessions.check(identity, record.owner, run)
-            newest = record.newest
-            if newest and newest.incarnation > incarnation:
-                raise InvalidRequest(
-                    f"run {run} has gone on to incarnation {newest.incarnation}", "this job is stale: end it"
-                )
+            self.check_current(run, incarnation)
             if incarnation not in record.incarnations:
                 self._remember(record, IncarnationRecord(incarnation, roster.world_size, roster=roster))
                 self.arena.drop_writing_before(run, incarnation)
@@ -140,6 +136,14 @@ class Node:
         node_run.join(rank, pid)
         node_run.report_held()
         return node_run
+
+    def check_current(self, run: str, incarnation: Incarnation) -> None:
+        """InvalidRequest for a job that a newer incarnation of its run has replaced."""
+        newest = self.records[run].newest
+        if newest and newest.incarnation > incarnation:
+            raise InvalidRequest(
+                f"run {run} has gone on to incarnation {newest.incarnation}", "this job is stale: end it"
+            )
 
     def _take_up(self, run: str, incarnation: Incarnation, roster: Roster) -> NodeRun:
         key = (run, incarnation)

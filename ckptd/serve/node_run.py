@@ -88,7 +88,7 @@ class NodeRun:
         for slot in self._arena.slots_of(self.run, rank):
             header = slot.header
             if slot.state is SlotState.WRITING and header and header.snapshot.incarnation == self.incarnation:
-                self._arena.free(slot)
+                self._arena.take_back(slot)
                 self.report(
                     self.dead(rank, header.snapshot.step, "StepDead", f"rank {rank} {state} while it was saving")
                 )

@@ -122,6 +122,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         run = self._run(request)
         failpoint("begin.before")
         self._check_instance(request.instance)
+        self._node.check_current(run.run, run.incarnation)
         if any(o.step == request.step for o in run.watermarks.dead):
             raise StepDead(f"step {request.step} is dead: another rank could not take it")
         # What this incarnation starts from is settled by its first save, if no restore settled it before.

@@ -72,15 +72,17 @@ class Binding:
     def copy_from_device(self, piece: Piece, sources: list[torch.Tensor]) -> None:
         """Enqueue the copy of one piece of device tensors on the current stream. No copy crosses a registered piece."""
         for item in piece.items:
-            source = sources[item.leaf]
-            if not (source.is_contiguous() and not source.is_conj() and not source.is_neg()):
-                if piece.start == 0:
-                    self._views[item.leaf].copy_(source, non_blocking=True)
-                continue
+            source = sources[item.leaf].detach().resolve_conj().resolve_neg()
             stop = piece.stop if len(piece.items) == 1 else item.size_bytes
             start = piece.start if len(piece.items) == 1 else 0
+            if not source.is_contiguous():
+                # Made contiguous on the device first (of this stream, so reused only behind the copy): a strided copy
+                # could not be cut at registered pieces. Whole, with its first part.
+                if piece.start:
+                    continue
+                source, stop = source.contiguous(), item.size_bytes
             at = self.layout.segment_offsets[item.segment] + item.position
-            flat, target = source.detach().reshape(-1).view(torch.uint8), torch.from_numpy(self.payload)
+            flat, target = source.reshape(-1).view(torch.uint8), torch.from_numpy(self.payload)
             while start < stop:
                 boundary = REGISTERED_PIECE_BYTES - (HEADER_BYTES + at + start) % REGISTERED_PIECE_BYTES
                 end = min(stop, start + boundary)

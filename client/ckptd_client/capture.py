@@ -33,6 +33,8 @@ GRANT_S: Final = 2.0
 COPY_S: Final = 60.0
 _SAMPLES: Final = 64
 _WINDOW_BYTES: Final = 4096
+# Of our own: the global generator is the user's, and drawing from it would change the data order.
+_chance = random.Random()  # noqa: S311  a sample, not a secret
 
 
 class Capture:
@@ -73,6 +75,7 @@ class Capture:
         self._target: Target | None = None
         self._changed = threading.Condition()
         self._next = 0
+        self._copying = 0
         self._done = [False] * len(plan.pieces)
         self._prefix = 0
         self._left = [0] * len(plan.groups)
@@ -89,7 +92,6 @@ class Capture:
         """The slot is granted and mapped: write the index, skip what the slot holds already, start to copy."""
         binding.write_index(self.index)
         target.publish(0)
-        self.devices.enqueue(binding, self.sources)
         with self._changed:
             self._target = target
             frozen = (target.use, self._frozen_versions())
@@ -98,6 +100,8 @@ class Capture:
                     if self.plan.groups[piece.group].fence is FenceClass.FROZEN:
                         self._finish(number)
             binding.frozen = None
+        self.devices.enqueue(binding, self.sources, self._done)
+        with self._changed:
             self.binding = binding
             self._changed.notify_all()
 
@@ -132,6 +136,12 @@ class Capture:
             self.failed = self.failed or error
             self._changed.notify_all()
 
+    def settle(self) -> None:
+        """After a failure: wait until nothing writes to the slot any more, so that it can be given back."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._copying, COPY_S)
+        self.devices.wait_all()
+
     def end(self) -> None:
         """Sealed or given up: the sources may go."""
         with self._changed:
@@ -142,13 +152,6 @@ class Capture:
     @property
     def is_over(self) -> bool:
         return self._is_over
-
-    def wait_over(self, timeout_s: float) -> bool:
-        """True once over. Waits only when the snapshot is staged already: then the answer to seal is on its way."""
-        if not self.snapshot.staged.done():
-            return self._is_over
-        with self._changed:
-            return self._changed.wait_for(lambda: self._is_over, timeout_s)
 
     # --- the training thread's side ----------------------------------------------------------------------------------
     def fence(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -164,7 +167,7 @@ class Capture:
         started = time.monotonic()
         with self._changed:
             if not self._changed.wait_for(lambda: self.failed or self.binding is not None, GRANT_S):
-                self.failed = self.postponed or DaemonUnreachable("the daemon did not answer before the optimizer stepped")
+                self.failed = self.postponed or DaemonUnreachable("the daemon did not answer before the fence")
         while not self._are_safe(wanted) and time.monotonic() - started < COPY_S:
             if not self._copy_next():
                 with self._changed:
@@ -202,6 +205,7 @@ class Capture:
                 return False
             number = self._next
             self._next += 1
+            self._copying += 1
         failpoint("copy.piece")
         try:
             self.binding.copy_on_cpu(self.plan.pieces[number], self.sources)
@@ -209,6 +213,10 @@ class Capture:
             # A source that was freed or changed its form under the copy: the snapshot cannot be right.
             self.fail(StepDead(f"copy failed: {error}"))
             return False
+        finally:
+            with self._changed:
+                self._copying -= 1
+                self._changed.notify_all()
         with self._changed:
             self._finish(number)
         self._check_groups()
@@ -256,7 +264,7 @@ class Capture:
         pieces = [p for p in self.plan.pieces if p.group == group]
         items = [(item, piece) for piece in pieces for item in piece.items]
         if not self._checks_all and len(items) > _SAMPLES:
-            items = random.sample(items, _SAMPLES)
+            items = _chance.sample(items, _SAMPLES)
         for item, piece in items:
             source = sources[item.leaf] if sources else None
             if source is None or not is_bytes_copy(source):
@@ -271,7 +279,7 @@ class Capture:
         if self._checks_all:
             return slice(0, item.size_bytes)
         start, stop = (piece.start, piece.stop) if len(piece.items) == 1 else (0, item.size_bytes)
-        first = random.randrange(start, max(start + 1, stop - _WINDOW_BYTES))  # noqa: S311  (a sample, not a secret)
+        first = _chance.randrange(start, max(start + 1, stop - _WINDOW_BYTES))
         return slice(first, min(stop, first + _WINDOW_BYTES))
 
     def _frozen_versions(self) -> tuple[tuple[int, int], ...]:

@@ -48,7 +48,6 @@ JOIN_S: Final = 10.0
 CLOSE_S: Final = 30.0
 TORN_ENV: Final = "CKPTD_TORN_CHECK"
 _PACE_S: Final = 1.0
-_REPLY_S: Final = 1.0
 log = logging.getLogger("ckptd_client")
 
 
@@ -116,7 +115,8 @@ class Checkpointer:
             self._pending,
             lambda: self._engine.forget_mappings(),
         )
-        self._engine = CaptureEngine(self._link, is_pinned=any(leaf.tensor.is_cuda for leaf in leaves))
+        device = next((leaf.tensor.device for leaf in leaves if leaf.tensor.is_cuda), None)
+        self._engine = CaptureEngine(self._link, device)
         self._hooks = OptimizerHooks(self._fence)
         self._hooks.attach(optimizers_in(state))
         self._link.start()
@@ -208,7 +208,7 @@ class Checkpointer:
             raise InvalidRequest(f"step {step!r} is not a step number")
         if problem := self._link.problem:
             raise DaemonUnreachable(f"step {step} skipped: {problem.message}", problem.hint)
-        if (before := self._engine.current) is not None and not before.wait_over(_REPLY_S):
+        if (before := self._engine.current) is not None:
             raise CaptureBusy(f"step {step} skipped: step {before.snapshot.step} is still being captured")
         walk = self._walker.walk()
         leaves = walk.leaves

@@ -7,6 +7,8 @@ use.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ckptd_client.binding import Binding
@@ -37,30 +39,50 @@ class DeviceCopies:
                 event.record(torch.cuda.current_stream(device))
                 self._started[device] = event
         self._copied: dict[int, torch.cuda.Event] = {}
+        self._last_of: dict[torch.device, dict[int, torch.cuda.Event]] = {}
 
     def has(self, number: int) -> bool:
         """Whether piece ``number`` lies on a device."""
         return number in self._device_of
 
-    def enqueue(self, binding: Binding, sources: list[torch.Tensor]) -> None:
-        """Enqueue every copy; returns without waiting for any."""
+    def enqueue(self, binding: Binding, sources: list[torch.Tensor], is_done: Sequence[bool]) -> None:
+        """Enqueue the copy of every piece that is not done already; returns without waiting for any."""
+        self.pieces = [number for number in self.pieces if not is_done[number]]
         for number in self.pieces:
             device = self._device_of[number]
-            with torch.cuda.device(device):
-                stream = _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-                stream.wait_event(self._started[device])
-                with torch.cuda.stream(stream), torch.no_grad():
+            with torch.cuda.device(device), torch.no_grad():
+                stream = _stream_of(device)
+                with torch.cuda.stream(stream):
+                    if device not in self._last_of:
+                        stream.wait_event(self._started[device])
+                        self._last_of[device] = {}
                     binding.copy_from_device(self._plan.pieces[number], sources)
-                    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    # Blocking: whoever waits for it sleeps; the default spins, on a core that the trainer may need.
+                    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                     event.record(stream)
             self._copied[number] = event
+            self._last_of[device][self._plan.pieces[number].group] = event
 
     def wait(self, number: int) -> None:
         """Block the calling thread until piece ``number`` is in host memory; releases the GIL."""
         self._copied[number].synchronize()
 
+    def wait_all(self) -> None:
+        """Block until every copy that was enqueued has ended."""
+        for event in self._copied.values():
+            event.synchronize()
+
     def fence(self, group: int) -> None:
-        """Make the current compute streams wait until the group's copies have read their sources."""
-        for number in self.pieces:
-            if self._plan.pieces[number].group == group:
-                torch.cuda.current_stream(self._device_of[number]).wait_event(self._copied[number])
+        """Make the current compute streams wait until the group's copies have read their sources. Copies of a device
+        are done in order, so its last one speaks for all."""
+        for device, last in self._last_of.items():
+            if event := last.get(group):
+                torch.cuda.current_stream(device).wait_event(event)
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The side stream of ``device``: one for the process, since streams come from a small pool that others use too."""
+    stream = _streams.get(device)
+    if stream is None:
+        stream = _streams[device] = torch.cuda.Stream(device)
+    return stream

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import torch
+
 from ckptd.errors import CkptdError, DaemonUnreachable, InstanceChanged, SlotNotReady, StepDead
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import SlotLayout
@@ -31,12 +33,13 @@ log = logging.getLogger("ckptd_client")
 
 
 class CaptureEngine:
-    """Runs captures. ``handover`` is made once the link has joined and is dropped when the daemon restarts."""
+    """Runs captures. ``device`` is that of the state, None for the host's memory. The handover is made once the link
+    has joined; its mappings are dropped when the daemon restarts."""
 
-    def __init__(self, link: Link, *, is_pinned: bool) -> None:
+    def __init__(self, link: Link, device: torch.device | None) -> None:
         self.skipped: dict[str, int] = {}
         self._link = link
-        self._is_pinned = is_pinned
+        self._device = device
         self._handover: Handover | None = None
         self._bindings: dict[tuple[str, int], Binding] = {}
         self._is_stale = False
@@ -47,9 +50,9 @@ class CaptureEngine:
 
     @property
     def current(self) -> Capture | None:
-        """The capture under way, if any."""
+        """The capture under way, if any. One that is staged is over: only the answer to its seal is on its way."""
         capture = self._current
-        return None if capture is None or capture.is_over else capture
+        return None if capture is None or capture.is_over or capture.snapshot.is_staged else capture
 
     def submit(self, capture: Capture) -> None:
         self._current = capture
@@ -80,6 +83,9 @@ class CaptureEngine:
 
     # --- the thread ------------------------------------------------------------------------------------------------
     def _work(self) -> None:
+        if self._device is not None:
+            # The current device is each thread's own: without this a context would be opened on device 0.
+            torch.cuda.set_device(self._device)
         while (task := self._queue.get()) is not None:
             try:
                 task()
@@ -113,6 +119,7 @@ class CaptureEngine:
             error = StepDead(f"step {step}: {error.message}", error.hint)
         capture.snapshot.fail(error)
         log.warning("snapshot of step %d is lost: %s", step, error)
+        capture.settle()
         self._drop(step, error, slot, generation)
 
     def _begin(self, capture: Capture) -> node_pb2.BeginResponse:
@@ -151,7 +158,7 @@ class CaptureEngine:
             self._handover.forget()
             self._is_stale = False
         if self._handover is None:
-            self._handover = Handover(link.daemon, max(2, link.about.slots) + 1, is_pinned=self._is_pinned)
+            self._handover = Handover(link.daemon, max(2, link.about.slots) + 1, is_pinned=self._device is not None)
         layout = SlotLayout.plan(len(capture.index), plan.segments, link.membership.roster.block_bytes)
         target = self._handover.open(granted.slot, granted.generation, layout.payload_bytes)
         try:

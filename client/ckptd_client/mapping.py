@@ -7,8 +7,10 @@ registered with CUDA when the trainer uses it (trap: once, in the background, in
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
+import logging
 import mmap
 import os
 from typing import Any, Final
@@ -22,8 +24,10 @@ from ckptd.format.slot import write_mark
 
 _MADV_POPULATE_READ: Final = 22
 REGISTERED_PIECE_BYTES: Final = 1 << 30
+_REGISTER_PORTABLE: Final = 1  # pinned for every device of this process, not only the current one
 _libc = ctypes.CDLL(None, use_errno=True)
 Bytes = npt.NDArray[np.uint8]
+log = logging.getLogger("ckptd_client")
 
 
 class MappedSlot:
@@ -49,11 +53,15 @@ class MappedSlot:
         write_mark(self.page, written_bytes)
 
     def register(self) -> None:
-        """Pin the mapping for CUDA, in pieces; a copy must not cross one. Failure only makes copies slower."""
+        """Pin the mapping for CUDA, in pieces; a copy must not cross one. Failure only makes copies slower. The caller
+        has set the thread's device: the default would open a context on device 0."""
         address = self.bytes.ctypes.data
         for start in range(0, self.size_bytes, REGISTERED_PIECE_BYTES):
             length = min(REGISTERED_PIECE_BYTES, self.size_bytes - start)
-            if int(torch.cuda.cudart().cudaHostRegister(address + start, length, 0)) != 0:  # type: ignore[no-untyped-call]
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            if code := int(cudart.cudaHostRegister(address + start, length, _REGISTER_PORTABLE)):
+                log.warning("slot %s is not pinned beyond %d bytes (CUDA error %d)", self.slot, start, code)
+                _forget_cuda_error()
                 break
             self._registered.append(address + start)
 
@@ -65,6 +73,12 @@ class MappedSlot:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _forget_cuda_error() -> None:
+    """CUDA keeps the error of a refused call for this thread, and torch would raise it after the next kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def map_readable(fd: int, size_bytes: int) -> Bytes:

@@ -85,12 +85,14 @@ class Plan:
 
 def plan_key(leaves: Sequence[Leaf]) -> Hashable:
     """What a plan depends on."""
+    addresses = [leaf.tensor.data_ptr() for leaf in leaves]
+    first_at = dict(zip(reversed(addresses), reversed(range(len(addresses))), strict=True))
     return tuple(
-        (leaf.name, t.data_ptr(), t.shape, t.stride(), t.dtype, leaf.fence, id(leaf.optimizer))
+        (leaf.name, address, t.shape, t.stride(), t.dtype, leaf.fence, id(leaf.optimizer))
         if leaf.fence is not FenceClass.REST
-        # The rest is cloned at every save: its address does not matter.
-        else (leaf.name, t.shape, t.dtype, t.device)
-        for leaf, t in ((leaf, leaf.tensor) for leaf in leaves)
+        # The rest is cloned at every save: its address does not matter, but whose alias it is does.
+        else (leaf.name, first_at[address], t.shape, t.stride(), t.dtype, t.device)
+        for leaf, t, address in ((leaf, leaf.tensor, address) for leaf, address in zip(leaves, addresses, strict=True))
     )
 
 

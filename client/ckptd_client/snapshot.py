@@ -40,6 +40,10 @@ class Snapshot:
         self.fail(error)
 
     @property
+    def is_staged(self) -> bool:
+        return _succeeded(self.staged)
+
+    @property
     def is_settled(self) -> bool:
         return self.staged.done() and self.protected.done() and self.durable.done()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from harness import DaemonProcess, Stage, TrainerProcess
+from harness import DaemonProcess, Stage, TrainerProcess, wait_until
 
 
 def save(stage: Stage, daemon: DaemonProcess, *args: object) -> TrainerProcess:
@@ -99,12 +99,25 @@ def test_a_restore_from_the_tier_needs_no_slot_of_those_that_wait_for_its_decisi
 
 
 def test_a_stale_job_of_an_older_incarnation_is_told_to_end(stage: Stage, daemon: DaemonProcess) -> None:
-    old = stage.trainer(daemon, "--steps", 40, "--wait", "staged", "--hold-at", 3)
-    old.wait_event("holding")
-    save(stage, daemon, "--steps", 5)
-    daemon.restart()  # the old one has to join again
-    old.release(3)
-    last = old.finish()
-    assert last["staged"] <= 3
-    assert "gone on to incarnation" in old.of("step")[-1]["skipped"]
+    old = stage.trainer(daemon, "--free", "--step-s", 0.01)
+    old.wait_step(3)
+    save(stage, daemon, "--steps", 5, "--no-restore")
+    wait_until(lambda: "gone on to incarnation" in (old.of("step")[-1]["error"] or ""), "the old job to be told")
+    daemon.restart()  # it has to join again, and may not
+    wait_until(lambda: "gone on to incarnation" in (old.of("step")[-1]["skipped"] or ""), "the old job to be refused")
+    old.release("end")
+    old.finish()
     assert restored(stage, daemon)["restored"] == 5
+
+
+def test_a_halted_trainer_that_wakes_up_does_not_write_into_its_successors_slots(stage: Stage) -> None:
+    daemon = stage.daemon(slots=2)
+    old = stage.trainer(daemon, "--steps", 3, "--wait", "staged", "--half", failpoints="copy.piece=stop@6")
+    wait_until(lambda: old.is_stopped, "the old trainer to halt amid a copy")
+    new = save(stage, daemon, "--steps", 9, "--half")
+    old.cont()
+    old.wait()
+    assert daemon.findings("tiny") == []
+    ready = restored(stage, daemon, "--half")
+    assert (ready["restored"], ready["hash"]) == (9, new.hashes()[9])
+    assert len(daemon.slot_files()) == len(daemon.status()["slots"])

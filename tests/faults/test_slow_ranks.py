@@ -1,4 +1,4 @@
-"""Ranks that are delayed at random, without collectives to hold them together: snapshots go on completing to the end."""
+"""Ranks delayed at random, without collectives to hold them together: snapshots go on completing to the end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_rank_stopped_amid_a_save_and_continued_joins_in_again(stage: Stage) -
     stopping = {1: {"CKPTD_FAILPOINTS": "client.before_seal=stop@3"}}
     first, second = stage.ranks(daemon, 2, "--steps", 12, "--wait", "staged", "--hold-at", 6, envs=stopping)
     first.wait_event("holding")
-    assert "not sealed by rank 1 within 0.5 s" in first.wait_step(3)["error"]
+    assert any("not sealed by rank 1 within 0.5 s" in (e["error"] or "") for e in first.of("step"))
     assert second.is_stopped
     second.cont()
     second.wait_event("holding")

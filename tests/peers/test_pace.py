@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from hypothesis import given, settings
@@ -102,4 +103,4 @@ def test_a_durable_interval_in_steps_always_meets_due_steps(every: int, persist:
     assert durable
     if len(durable) > 1:
         in_force = [s for s in durable if s >= pace.schedule.entries[-1].from_step]
-        assert all(b - a < persist + every for a, b in zip(in_force, in_force[1:], strict=False))
+        assert all(b - a < persist + every for a, b in itertools.pairwise(in_force))

@@ -56,7 +56,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        _wait(lambda: not any(map(_is_running, killed)), _READY_S, "the ranks to be gone")
+        _wait(lambda: not any(map(is_running, killed)), _READY_S, "the ranks to be gone")
 
     def wait_for(self, is_there: Callable[[list[dict[str, Any]]], bool], what: str) -> list[dict[str, Any]]:
         """The journal once ``is_there``; TrainingFailed, with what the job said last, when it ends or stands still."""
@@ -167,7 +167,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """False when it is gone, also when nobody has asked for its exit code yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
