@@ -37,6 +37,23 @@ _WINDOW_BYTES: Final = 4096
 _chance = random.Random()  # noqa: S311  a sample, not a secret
 
 
+class Patience:
+    """How long fences may still wait for a slot to be granted.
+
+    One account for all captures, refilled when one is sealed: a daemon that hangs, or is still making slots, costs the
+    training loop ``GRANT_S`` once, not at every step.
+    """
+
+    def __init__(self) -> None:
+        self.left_s = GRANT_S
+
+    def spend(self, waited_s: float) -> None:
+        self.left_s = max(0.0, self.left_s - waited_s)
+
+    def refill(self) -> None:
+        self.left_s = GRANT_S
+
+
 class Capture:
     """See the module. Made by ``save()``; bound to its slot by the worker once the daemon has granted one.
 
@@ -57,6 +74,7 @@ class Capture:
         *,
         is_persisted: bool,
         checks_all: bool,
+        patience: Patience,
     ) -> None:
         self.snapshot = snapshot
         self.plan = plan
@@ -71,6 +89,7 @@ class Capture:
         self.devices = DeviceCopies(plan, leaves)
         self.binding: Binding | None = None
         self._checks_all = checks_all
+        self._patience = patience
         self._versions = [_version(leaf.outer) for leaf in leaves]
         self._target: Target | None = None
         self._changed = threading.Condition()
@@ -166,7 +185,9 @@ class Capture:
             return
         started = time.monotonic()
         with self._changed:
-            if not self._changed.wait_for(lambda: self.failed or self.binding is not None, GRANT_S):
+            is_granted = self._changed.wait_for(lambda: self.failed or self.binding is not None, self._patience.left_s)
+            self._patience.spend(time.monotonic() - started)
+            if not is_granted:
                 self.failed = self.postponed or DaemonUnreachable("the daemon did not answer before the fence")
         while not self._are_safe(wanted) and time.monotonic() - started < COPY_S:
             if not self._copy_next():

@@ -226,6 +226,7 @@ class Checkpointer:
             self._plan.columns + tree,
             is_persisted=is_persisted,
             checks_all=os.environ.get(TORN_ENV) == "all",
+            patience=self._engine.patience,
         )
         self._settle_early(snapshot, is_persisted)
         self._pending.add(snapshot)

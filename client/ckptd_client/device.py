@@ -84,5 +84,5 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
     """The side stream of ``device``: one for the process, since streams come from a small pool that others use too."""
     stream = _streams.get(device)
     if stream is None:
-        stream = _streams[device] = torch.cuda.Stream(device)
+        stream = _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return stream

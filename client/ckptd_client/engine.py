@@ -19,7 +19,7 @@ from ckptd.failpoints import failpoint
 from ckptd.format.blocks import SlotLayout
 from ckptd_api.v1 import node_pb2, types_pb2
 from ckptd_client.binding import Binding
-from ckptd_client.capture import Capture
+from ckptd_client.capture import Capture, Patience
 from ckptd_client.handover import Handover
 from ckptd_client.link import Link
 from ckptd_client.plan import Plan
@@ -38,6 +38,7 @@ class CaptureEngine:
 
     def __init__(self, link: Link, device: torch.device | None) -> None:
         self.skipped: dict[str, int] = {}
+        self.patience = Patience()
         self._link = link
         self._device = device
         self._handover: Handover | None = None
@@ -102,6 +103,7 @@ class CaptureEngine:
             self._copy(capture, granted)
             failpoint("client.before_seal")
             self._seal(capture, granted)
+            self.patience.refill()
             failpoint("client.after_seal")
         except CkptdError as error:
             self._give_up(capture, step, error, slot, generation)
