@@ -38,7 +38,7 @@ lint: $(STAMP) ## format, lint, types, layers, protos, generated files
 	@ruff check .
 	ruff format --check .
 	mypy
-	lint-imports
+	lint-imports --no-logo
 	buf lint
 	fresh=$$(mktemp -d)
 	trap 'rm -rf "$$fresh"' EXIT

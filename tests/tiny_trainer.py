@@ -75,7 +75,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-at", type=int, action="append", default=[], help="wait after this step for go-STEP")
     parser.add_argument("--free", action="store_true", help="train until go-end, then until a step is --wait'ed for")
-    parser.add_argument("--mutate", choices=("during", "after"), help="change a weight beside the optimizer")
+    parser.add_argument(
+        "--mutate", choices=("during", "versioned", "after"), help="change a weight beside the optimizer"
+    )
     parser.add_argument("--crash-after-restore", action="store_true")
     parser.add_argument("--ignore-close", action="store_true", help="exit without close()")
     return parser.parse_args()
@@ -83,6 +85,7 @@ def parse() -> argparse.Namespace:
 
 def build(options: argparse.Namespace, rank: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(1000 + rank)
+    random.seed(1000 + rank)
     width = options.width
     model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
     if options.half:
@@ -151,8 +154,12 @@ def main() -> int:
             found = state_hash(model, optimizer)
             if snapshot is not None:
                 snapshots.append(snapshot)
-                if options.mutate == "during":
-                    next(model.parameters()).data.add_(1.0)
+                if options.mutate == "versioned":
+                    torch.nn.init.zeros_(next(model.parameters()))
+                while options.mutate == "during" and not snapshot.staged.done():  # raises no version counter
+                    for parameter in model.parameters():
+                        parameter.data.add_(1.0)
+                    time.sleep(0.001)
                 if options.wait and (is_ending or not options.free):
                     outcome(snapshot, options.wait)
                 if options.mutate == "after":

@@ -40,7 +40,7 @@ def run(request: dict[str, Any]) -> int:
     importlib.reload(failpoints)  # it reads the environment when imported
     torch.set_num_threads(1)
     sys.argv = request["argv"]
-    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))  # beside this folder, which is there already
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:

@@ -93,9 +93,9 @@ class Ledger:
                     Outcome("StepDead", f"not sealed by rank {_ranks(missing)} within {self.stage_deadline_s:g} s"),
                 )
 
-    def drained(self, step: int) -> None:
-        """The checkpoint of ``step`` is committed."""
-        if self.durable is None or step > self.durable:
+    def drained(self, step: int, *, is_durable: bool = True) -> None:
+        """The checkpoint of ``step`` is committed; durable when in a shared tier (a node's own goes with the node)."""
+        if is_durable and (self.durable is None or step > self.durable):
             self.durable = step
         self._drain_ended(step)
 

@@ -19,6 +19,7 @@ from ckptd.model import Incarnation, Roster, SnapshotId
 from ckptd.peers.ledger import Ledger, Outcome
 from ckptd.peers.pace import Pace
 from ckptd.tiers.retention import expendable
+from ckptd.tiers.spec import tiers_for
 from ckptd.tiers.tier import Tier
 from ckptd_api.convert import schedule_entry_to_pb
 from ckptd_api.v1 import coordinator_pb2 as pb
@@ -46,7 +47,8 @@ class Coordinator:
         self.incarnation = incarnation
         self.roster = roster
         self._parent = parent
-        self._tiers = {tier.spec.url: tier for tier in tiers if tier.spec.scope == "shared"}
+        # Tiers of a node's own are committed here too: every rank of the run is on this node.
+        self._tiers = {tier.spec.url: tier for tier in tiers}
         self._pace = pace
         self._on_change = on_change
         self._keeps = keeps
@@ -98,7 +100,8 @@ class Coordinator:
             arrays = tuple(ArrayRecord(a.dtype, a.size_bytes, a.digest) for a in item.arrays)
             record = RankRecord(item.rank, item.index_bytes, item.index_crc, arrays)
             self._written.setdefault(item.tier, {})[item.rank] = record
-            if all(len(self._written.get(url, {})) == self.roster.world_size for url in self._tiers):
+            wanted = [spec.url for spec in tiers_for(item.step, (tier.spec for tier in self._tiers.values()))]
+            if all(len(self._written.get(url, {})) == self.roster.world_size for url in wanted):
                 written, self._written = self._written, {}
                 self._committing.submit(self._commit, item.step, written)
 
@@ -132,7 +135,7 @@ class Coordinator:
                 self._give_up(step, f"{type(error).__name__}: {error}")
         else:
             with self._lock:
-                self._ledger.drained(step)
+                self._ledger.drained(step, is_durable=any(self._tiers[url].spec.scope == "shared" for url in written))
             log.info("checkpoint durable", run=self.run, step=step)
         self._on_change()
         self._retain()

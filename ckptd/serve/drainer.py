@@ -16,6 +16,7 @@ from ckptd.failpoints import failpoint
 from ckptd.format.blocks import find_corrupt_block
 from ckptd.metrics import Metrics
 from ckptd.model import SnapshotId
+from ckptd.tiers.spec import tiers_for
 from ckptd.tiers.tier import Tier
 from ckptd_api.v1 import coordinator_pb2 as pb
 
@@ -85,7 +86,8 @@ class Drainer:
             self._metrics.corrupt_total.labels(drain.run, "memory").inc()
             raise Corrupt(f"slot {slot.id}: {slot.region_of(block)}: block {block} does not match its CRC-32C")
         progress = []
-        for tier in self._tiers:
+        wanted = tiers_for(drain.snapshot.step, (tier.spec for tier in self._tiers))
+        for tier in (tier for tier in self._tiers if tier.spec in wanted):
             record = tier.write_rank(drain.run, drain.snapshot, drain.rank, layout, slot.payload, slot.table)
             self._metrics.bytes_total.labels(drain.run, "drained").inc(layout.payload_bytes)
             progress.append(

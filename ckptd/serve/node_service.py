@@ -66,7 +66,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             protect_max=node.settings.protect_max,
             slots=node.settings.slots,
             memory_bytes=node.settings.memory_bytes,
-            tiers=[tier.spec.url for tier in node.tiers],
+            tiers=[tier.spec.url for tier in node.tiers if tier.spec.scope == "shared"],
             version=ckptd.__version__,
         )
 

@@ -7,6 +7,7 @@ part.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, cast, get_args
@@ -111,3 +112,12 @@ def _every(text: str, option: str, value: str) -> tuple[int | None, float | None
             f"tier {text!r}: {option!r} is not valid", "use steps (every=100) or a time (30s, 10m, 2h)"
         )
     return None, float(match[1]) * _UNIT_S[match[2]]
+
+
+def tiers_for(step: int, specs: Iterable[TierSpec]) -> list[TierSpec]:
+    """The tiers that a step due to become durable goes to: those whose ``every`` it meets, else the most frequent ones
+    (it was asked for by name, or by the run's own interval)."""
+    every = {spec: spec.every_steps if spec.every_s is None else None for spec in specs}
+    met = [spec for spec, steps in every.items() if not steps or step % steps == 0]
+    least = min((steps for steps in every.values() if steps), default=None)
+    return met or [spec for spec, steps in every.items() if steps == least]

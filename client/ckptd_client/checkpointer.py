@@ -236,7 +236,7 @@ class Checkpointer:
         """End the futures whose answer is known already."""
         snapshot.protected.set_exception(NoProtection("the run has one node: there is no peer to hold parity"))
         if not self._link.about.tiers:
-            snapshot.durable.set_exception(NoTier("the daemon has no tier"))
+            snapshot.durable.set_exception(NoTier("the daemon has no shared tier"))
         elif not is_persisted:
             snapshot.durable.set_exception(NotPersisted(f"step {snapshot.step} is not due to become durable"))
 

@@ -41,7 +41,7 @@ def test_two_runs_of_the_same_tensors_never_mix(stage: Stage, tier_daemon: Daemo
 
 
 def test_an_old_incarnation_goes_on_draining_while_a_new_one_runs(stage: Stage) -> None:
-    daemon = stage.tier_daemon(options="every=1,keep=100", failpoints="drain.before=sleep:1@1")
+    daemon = stage.tier_daemon(slots=4, failpoints="drain.before=sleep:1@1")
     old = stage.trainer(daemon, "--steps", 3, "--wait", "staged", "--ignore-close")
     old.finish()
     new = stage.trainer(daemon, "--steps", 6, "--wait", "staged")
@@ -102,7 +102,7 @@ def test_a_stale_job_of_an_older_incarnation_is_told_to_end(stage: Stage, daemon
     old = stage.trainer(daemon, "--free", "--step-s", 0.01)
     old.wait_step(3)
     save(stage, daemon, "--steps", 5, "--no-restore")
-    wait_until(lambda: "gone on to incarnation" in (old.of("step")[-1]["error"] or ""), "the old job to be told")
+    wait_until(lambda: "gone on to incarnation" in old.stderr, "the old job to be told")
     daemon.restart()  # it has to join again, and may not
     wait_until(lambda: "gone on to incarnation" in (old.of("step")[-1]["skipped"] or ""), "the old job to be refused")
     old.release("end")

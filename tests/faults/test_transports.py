@@ -49,7 +49,7 @@ def test_a_client_that_vanishes_amid_a_stream_costs_its_step_only(stage: Stage, 
 @pytest.mark.parametrize("phase", ["write.chunk=kill@3", "seal.before_flip=kill@3"])
 def test_training_over_a_stream_goes_on_through_the_death_of_the_daemon(stage: Stage, phase: str) -> None:
     daemon = stage.daemon(failpoints=phase)
-    trainer = stage.trainer(daemon, "--free", "--step-s", 0.01, env=STREAM)
+    trainer = stage.trainer(daemon, "--free", "--step-s", 0.01, "--wait", "staged", env=STREAM)
     assert daemon.wait_exit() == -9
     trainer.wait_step(max(trainer.hashes(), default=0) + 20)
     daemon.restart()

@@ -8,6 +8,7 @@ import pytest
 
 from ckptd.errors import EXIT_USAGE, InvalidRequest
 from ckptd.tiers import TierSpec
+from ckptd.tiers.spec import tiers_for
 
 
 def test_a_bare_url_takes_the_defaults() -> None:
@@ -51,3 +52,11 @@ def test_what_is_wrong_is_named_in_one_line(text: str, part: str) -> None:
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_a_step_goes_to_the_tiers_whose_interval_it_meets() -> None:
+    often, rare, timed = (TierSpec.parse(f"file:///t,every={every}") for every in ("10", "100", "30s"))
+    assert tiers_for(20, [often, rare, timed]) == [often, timed]
+    assert tiers_for(100, [often, rare, timed]) == [often, rare, timed]
+    assert tiers_for(7, [often, rare]) == [often]
+    assert tiers_for(7, []) == []

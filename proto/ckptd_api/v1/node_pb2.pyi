@@ -114,7 +114,9 @@ class DescribeResponse(_message.Message):
     @_builtins.property
     def domains(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
-    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Shared tiers: where a snapshot becomes durable."""
+
     def __init__(
         self,
         *,
