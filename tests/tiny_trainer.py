@@ -75,9 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-at", type=int, action="append", default=[], help="wait after this step for go-STEP")
     parser.add_argument("--free", action="store_true", help="train until go-end, then until a step is --wait'ed for")
-    parser.add_argument(
-        "--mutate", choices=("during", "versioned", "after"), help="change a weight beside the optimizer"
-    )
+    parser.add_argument("--mutate", choices=("during", "versioned", "after"), help="change weights")
     parser.add_argument("--crash-after-restore", action="store_true")
     parser.add_argument("--ignore-close", action="store_true", help="exit without close()")
     return parser.parse_args()

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -16,6 +18,8 @@ LONGEST_S: Final = 600.0
 _NOTICE_S: Final = 2.0
 _FIRST_INTERVAL: Final = {"auto": 1, "seconds": 10, "steps": 0}
 _TOLERANCE: Final = 0.25
+_STALLS: Final = 5
+_ENOUGH_STALLS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Pace:
     persist: Wish
     schedule: Schedule = field(default_factory=Schedule)
     _step_s: dict[int, float] = field(default_factory=dict)
-    _stall_s: dict[int, float] = field(default_factory=dict)
+    _stalls_s: dict[int, deque[float]] = field(default_factory=dict)
     _newest_step: int = 0
 
     def __post_init__(self) -> None:
@@ -58,16 +62,20 @@ class Pace:
         self.schedule = Schedule((ScheduleEntry(0, first, first if persist is None else _multiple(persist, first)),))
 
     def report(self, rank: int, step: int, step_s: float, stall_s: float) -> None:
-        """``rank`` is at ``step``; its steps take ``step_s``, a snapshot lost it ``stall_s`` (negative: none yet)."""
+        """``rank`` is at ``step``; its steps take ``step_s``, a snapshot lost it ``stall_s`` (negative: none; step time 0: not known)."""
         self._newest_step = max(self._newest_step, step)
-        self._step_s[rank] = step_s
+        if step_s > 0:
+            self._step_s[rank] = step_s
         if stall_s >= 0:
-            self._stall_s[rank] = stall_s
-        self._reschedule()
+            self._stalls_s.setdefault(rank, deque(maxlen=_STALLS)).append(stall_s)
+        if self._step_s:
+            self._reschedule()
 
     def _reschedule(self) -> None:
         step_s = max(self._step_s.values())
-        stall_s = max(self._stall_s.values()) if self._stall_s else None
+        # A median: the first snapshots also wait for slots to be made, which later ones do not.
+        known = [statistics.median(s) for s in self._stalls_s.values() if len(s) >= _ENOUGH_STALLS]
+        stall_s = max(known, default=None)
         every = self.every.in_steps(step_s, stall_s)
         if every is None:
             return

@@ -20,11 +20,11 @@ from ckptd.tiers.tier import Tier
 
 SLOT_DEADLINE_S = 120.0
 
-OnCorrupt = Callable[[str, str], None]
+OnCorrupt = Callable[[str, str, str], None]
 
 
 class Fetcher:
-    """``on_corrupt(place, problem)`` hears of every copy that was set aside; place is "memory" or a tier's URL."""
+    """``on_corrupt(run, place, problem)`` hears of every copy set aside; place is "memory" or a tier's URL."""
 
     def __init__(self, arena: Arena, tiers: Sequence[Tier], on_corrupt: OnCorrupt) -> None:
         self._arena = arena
@@ -49,7 +49,7 @@ class Fetcher:
             except UnknownStep:
                 continue  # this tier never had it
             except Corrupt as error:
-                self._on_corrupt(tier.spec.url, error.message)
+                self._on_corrupt(run, tier.spec.url, error.message)
                 problems.append(error.message)
         detail = "; ".join(problems) or "no source holds it"
         raise RestoreFailed(f"rank {rank} of {snapshot} cannot be restored: {detail}", "try an older step")
@@ -67,7 +67,7 @@ class Fetcher:
         except Corrupt as error:
             self._arena.release(lease.id)
             self._arena.set_aside(slot, error.message)
-            self._on_corrupt(MEMORY, error.message)
+            self._on_corrupt(run, MEMORY, error.message)
             problems.append(error.message)
             return None
         return lease

@@ -21,7 +21,7 @@ from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId, check_run_name
 from ckptd.peers.pace import Pace, Wish
 from ckptd.restore.fetch import Fetcher
-from ckptd.restore.inventory import record_in_tiers
+from ckptd.restore.inventory import MEMORY, record_in_tiers
 from ckptd.serve.coordinator import Coordinator
 from ckptd.serve.drainer import Drainer
 from ckptd.serve.node_run import NodeRun
@@ -91,8 +91,9 @@ class Node:
             write_atomic(path, secrets.token_hex(8).encode(), sync=False)
         return path.read_text()
 
-    def _on_corrupt(self, place: str, problem: str) -> None:
-        log.error("corrupt copy set aside", place=place, problem=problem)
+    def _on_corrupt(self, run: str, place: str, problem: str) -> None:
+        log.error("corrupt copy set aside", run=run, place=place, problem=problem)
+        self.metrics.corrupt_total.labels(run, MEMORY if place == MEMORY else "tier").inc()
 
     # --- runs ----------------------------------------------------------------------------------------------------
     def node_runs(self) -> list[NodeRun]:

@@ -25,6 +25,7 @@ from ckptd_client.binding import Binding
 from ckptd_client.device import DeviceCopies
 from ckptd_client.handover import Target
 from ckptd_client.plan import Item, Piece, Plan
+from ckptd_client.probes import take_probes
 from ckptd_client.snapshot import Snapshot
 from ckptd_client.state import FenceClass, Leaf
 from ckptd_client.state.fill import is_bytes_copy
@@ -91,6 +92,7 @@ class Capture:
         self._checks_all = checks_all
         self._patience = patience
         self._versions = [_version(leaf.outer) for leaf in leaves]
+        self._probes = take_probes(plan, sources, is_whole=checks_all)
         self._target: Target | None = None
         self._changed = threading.Condition()
         self._next = 0
@@ -267,6 +269,7 @@ class Capture:
             if self.plan.groups[number].fence is not FenceClass.REST:
                 self._check_versions(number)
                 self._check_bytes(number)
+                self._check_probes(number)
             with self._changed:
                 self._is_safe[number] = True
                 self._changed.notify_all()
@@ -294,6 +297,14 @@ class Capture:
                 torn = binding.differs(item, source, self._window(item, piece))
             if torn:
                 self.fail(Torn(f"{self.leaves[item.leaf].name} was changed while it was copied"))
+                return
+
+    def _check_probes(self, group: int) -> None:
+        """Whether the slot has what was there at save()."""
+        binding, _ = self.bound()
+        for probe in self._probes.get(group, ()):
+            if not probe.matches(binding):
+                self.fail(Torn(f"{self.leaves[probe.item.leaf].name} was changed before it was copied"))
                 return
 
     def _window(self, item: Item, piece: Piece) -> slice:

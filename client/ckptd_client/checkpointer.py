@@ -48,6 +48,7 @@ JOIN_S: Final = 10.0
 CLOSE_S: Final = 30.0
 TORN_ENV: Final = "CKPTD_TORN_CHECK"
 _PACE_S: Final = 1.0
+_NO_STALL: Final = -1.0
 log = logging.getLogger("ckptd_client")
 
 
@@ -155,6 +156,7 @@ class Checkpointer:
                 raise problem from error
         else:
             capture.stall_s = time.monotonic() - started
+            self._report_stall(step)
             self._measured = capture
             self._engine.submit(capture)
         return snapshot
@@ -251,16 +253,20 @@ class Checkpointer:
             capture.fence(optimizer)
 
     def _note_pace(self, step: int) -> None:
-        """Measure the step time, and report it with the last stall about once a second."""
+        """Measure the step time, and report it about once a second."""
         now = time.monotonic()
         if self._last_step is not None and step == self._last_step + 1:
             took_s = now - self._last_step_at
             self._step_s = took_s if self._step_s is None else 0.8 * self._step_s + 0.2 * took_s
             if now - self._paced_at > _PACE_S or self._paced_at == 0.0:
                 self._paced_at = now
-                measured = self._measured
-                self._engine.submit_pace(step, self._step_s, measured.stall_s if measured else -1.0)
+                self._engine.submit_pace(step, self._step_s, _NO_STALL)
         self._last_step, self._last_step_at = step, now
+
+    def _report_stall(self, step: int) -> None:
+        """What the snapshot before this one cost the training loop: known only now, after its fence."""
+        if self._measured is not None:
+            self._engine.submit_pace(step, self._step_s or 0.0, self._measured.stall_s)
 
     def _log_plan(self, leaves: list[Leaf]) -> None:
         sizes = dict.fromkeys(FenceClass, 0)

@@ -64,6 +64,7 @@ class Plan:
         group_of = self._group(leaves)
         items, boxes, self.segments = _place(leaves, group_of)
         self.pieces = _cut(items, leaves, group_of)
+        self.lazy = [(n, item) for item in items if self.groups[n := group_of[item.leaf]].fence is not FenceClass.REST]
         self.columns = encode_columns(ShardIndex.from_boxes(boxes, self.segments))
         self.size_bytes = sum(segment.size_bytes for segment in self.segments)
 

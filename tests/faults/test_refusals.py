@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from harness import CliResult, DaemonProcess, Stage, run_cli
 
-FLIPPED = """
-import os, sys
-sys.argv = sys.argv[:1]
+SCRIPT = """
 import torch
 from torch import nn
 from ckptd_client import Checkpointer
@@ -39,7 +39,7 @@ def refused(result: CliResult, rc: int, *words: str) -> None:
         assert word in result.stderr, result.stderr
 
 
-def test_a_budget_beyond_the_machine_is_refused_with_the_fix(tmp_path: object, stage: Stage) -> None:
+def test_a_budget_beyond_the_machine_is_refused_with_the_fix(stage: Stage) -> None:
     daemon = stage.daemon(memory="900TiB", wait=False)
     assert daemon.wait_exit() == 1
     assert "--memory asks for" in daemon.log
@@ -72,7 +72,7 @@ def test_a_second_daemon_on_the_same_arena_is_refused(daemon: DaemonProcess) -> 
 
 def test_a_second_daemon_on_the_same_socket_is_refused(daemon: DaemonProcess, stage: Stage) -> None:
     arena = daemon.arena.with_name(daemon.arena.name + "-b")
-    stage.on_close(lambda: __import__("shutil").rmtree(arena, ignore_errors=True))
+    stage.on_close(lambda: shutil.rmtree(arena, ignore_errors=True))
     refused(
         run_cli("serve", "--socket", daemon.socket, "--arena", arena, "--memory", "8MiB"), 2, "another daemon answers"
     )
@@ -121,7 +121,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line_and_not_touched(
     trainers = []
     for number, model in enumerate((saved, loaded)):
         script = daemon.folder / f"script{number}.py"
-        script.write_text(FLIPPED.format(model=model))
+        script.write_text(SCRIPT.format(model=model))
         trainers.append(stage.script(script, daemon=daemon, env={"PYTHONPATH": "tests"}))
         trainers[-1].wait()
     failed = trainers[-1].wait_event("failed")

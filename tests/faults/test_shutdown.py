@@ -1,4 +1,4 @@
-"""SIGTERM of the daemon and of the trainer: what is staged becomes durable, within the deadline or at the next start."""
+"""SIGTERM of daemon and trainer: what is staged becomes durable, within the deadline or at the next start."""
 
 from __future__ import annotations
 

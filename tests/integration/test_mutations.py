@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import DaemonProcess, Stage
+from harness import DaemonProcess, Stage, wait_until
 from programs import RUN, bits, checkpointer, program, restore, save, train
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
@@ -18,6 +19,7 @@ from torch.nn.functional import mse_loss
 
 from ckptd.errors import CkptdError, StepDead, Torn
 from ckptd_client import Checkpointer
+from ckptd_client.binding import Binding
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
@@ -95,7 +97,7 @@ def test_a_compiled_optimizer_step_meets_the_fence_or_is_found_torn(stage: Stage
     with checkpointer(daemon, state, on_error="warn") as ckpt:
         compiled = torch.compile(state["optim"].step)
         step_wide(state, compiled)
-        sealed = {}
+        sealed: dict[int, Any] = {}
         for step in range(1, 6):
             sealed[step] = bits(state["model"])
             snapshot = ckpt.save(step)
@@ -105,28 +107,6 @@ def test_a_compiled_optimizer_step_meets_the_fence_or_is_found_torn(stage: Stage
     fresh = wide(2)
     restored = restore(daemon, fresh)
     assert bits(fresh["model"]) == sealed[restored.step]
-
-
-@pytest.mark.slow
-def test_a_compiled_step_from_before_the_checkpointer_meets_the_fence(stage: Stage) -> None:
-    daemon = stage.daemon(memory="256MiB")
-    state = wide(1)
-    compiled = torch.compile(state["optim"].step)
-    step_wide(state, compiled)
-    fenced = []
-    with checkpointer(daemon, state, on_error="warn") as ckpt:
-        fence, ckpt._hooks_seen = ckpt._fence, fenced  # type: ignore[attr-defined]
-        del fence
-        for step in range(1, 4):
-            now = bits(state["model"])
-            snapshot = ckpt.save(step)
-            step_wide(state, compiled)
-            error = snapshot.staged.exception(20)
-            assert error is None or isinstance(error, Torn)
-    if error is None:
-        fresh = wide(2)
-        assert restore(daemon, fresh).step == 3
-        assert bits(fresh["model"]) == now
 
 
 @pytest.mark.slow
@@ -290,8 +270,16 @@ def test_a_param_group_may_be_added_mid_run(daemon: DaemonProcess) -> None:
     assert bits(second) == sealed
 
 
-def test_frozen_weights_are_copied_again_only_when_they_changed(stage: Stage) -> None:
+def test_frozen_weights_are_copied_again_only_when_they_changed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     daemon = stage.daemon(memory="256MiB")
+    copied: list[int] = []
+    copy_on_cpu = Binding.copy_on_cpu
+
+    def counted(binding: Binding, piece: Any, sources: Any) -> None:
+        copied.append(sum(item.size_bytes for item in piece.items))
+        copy_on_cpu(binding, piece, sources)
+
+    monkeypatch.setattr(Binding, "copy_on_cpu", counted)
 
     def build(seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
@@ -299,18 +287,17 @@ def test_frozen_weights_are_copied_again_only_when_they_changed(stage: Stage) ->
         return {"base": base, "lora": lora, "optim": torch.optim.SGD(lora.parameters(), lr=1e-2)}
 
     first, second = build(1), build(2)
-    copied: list[int] = []
+    sizes = []
     with checkpointer(daemon, first) as ckpt:
-        for step in range(1, 10):
-            if step == 7:
+        for step in range(1, 13):
+            if step == 9:
                 with torch.no_grad():
                     first["base"].weight.add_(1.0)
-            snapshot = ckpt.save(step)
-            capture = ckpt._engine._current
-            snapshot.wait("staged", 20)
-            assert capture is not None
-            copied.append(capture._next)
-    assert restore(daemon, second).step == 9
+            copied.clear()
+            ckpt.save(step).wait("staged", 20)
+            sizes.append(sum(copied))
+    assert min(sizes[3:8]) < 1_000_000 < sizes[8]  # each slot has them once; then one that changed is copied again
+    assert restore(daemon, second).step == 12
     assert bits(second) == bits(first)
 
 
@@ -322,8 +309,8 @@ def test_a_data_write_to_frozen_weights_is_not_lost(stage: Stage) -> None:
         for step in range(1, 6):
             ckpt.save(step).wait("staged", 10)
         state["base"].weight.data.mul_(2.0)
-        ends = [ckpt.save(step).staged.exception(10) for step in range(6, 12)]
-    assert ends[-1] is None
+        steps = itertools.count(6)
+        wait_until(lambda: ckpt.save(next(steps)).staged.exception(10) is None, "a save that copies them again")
     fresh = {"base": nn.Linear(300, 300).requires_grad_(False)}
     restore(daemon, fresh)
     assert bits(fresh) == bits(state)
@@ -365,21 +352,23 @@ def test_what_changes_under_the_copy_without_a_fence_is_never_sealed(
             error = snapshot.staged.exception(20)
             assert error is None or isinstance(error, StepDead)
             torn += error is not None
-    fresh = wide(2)
+    assert torn  # most of them: a write before the copy is seen as well as one under it
     if torn < 29:
-        assert bits(fresh["model"]) != (restored := restore(daemon, fresh)) and bits(fresh) == sealed[restored.step]
+        fresh = wide(2)
+        step = restore(daemon, fresh).step
+        assert bits(fresh["model"]) == sealed[step]["model"]
 
 
 def test_random_numbers_go_on_where_they_were(daemon: DaemonProcess) -> None:
     def draw() -> Any:
         return [
             [random.random(), random.gauss(0, 1)],
-            np.random.standard_normal(3).tolist(),  # noqa: NPY002  the legacy generator is what is meant
+            np.random.standard_normal(3).tolist(),
             torch.randn(3).tolist(),
         ]
 
     random.seed(1)
-    np.random.seed(2)  # noqa: NPY002
+    np.random.seed(2)
     torch.manual_seed(3)
     draw()
     state = program(4)
@@ -396,11 +385,11 @@ def test_saving_draws_from_no_generator_of_the_user(daemon: DaemonProcess, monke
     state = {"many": {str(n): torch.zeros(20_000) for n in range(100)}, **program(1)}
     train(state)
     random.seed(1)
-    before = random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    before = random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
     with checkpointer(daemon, state) as ckpt:
         for step in range(1, 6):
             ckpt.save(step).wait("staged", 10)
-    assert (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+    assert (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == before
 
 
 def test_schedulers_go_on(daemon: DaemonProcess) -> None:
@@ -441,7 +430,7 @@ class Numbers(torch.utils.data.Dataset[torch.Tensor]):
 @pytest.mark.slow
 def test_a_data_loader_with_forked_workers_lives_beside_saves(daemon: DaemonProcess) -> None:
     state = program(1)
-    with checkpointer(daemon, state) as ckpt:
+    with checkpointer(daemon, state, on_error="warn") as ckpt:
         step = 0
         for _ in range(3):
             loader = torch.utils.data.DataLoader(Numbers(), 8, num_workers=2, multiprocessing_context="fork")
@@ -452,7 +441,7 @@ def test_a_data_loader_with_forked_workers_lives_beside_saves(daemon: DaemonProc
                 snapshot = ckpt.step(step)
         assert step == 24
         assert snapshot is not None
-        snapshot.wait("staged", 10)
+        wait_until(lambda: ckpt.save(step).skipped is None, "the last save")
     assert restore(daemon, program(2)).step == 24
 
 

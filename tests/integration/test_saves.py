@@ -179,7 +179,7 @@ def test_a_stopped_daemon_stalls_training_for_moments_only(stage: Stage) -> None
         took_s = time.monotonic() - started
         daemon.cont()
         assert slowest < 3.0
-        assert took_s < 2.0 + 5.0  # 100 steps of 20 ms, and what was lost
+        assert took_s < 2.0 + 8.0  # 100 steps of 20 ms, and what was lost
         wait_until(lambda: ckpt.save(1000).skipped is None, "saves to go on")
 
 

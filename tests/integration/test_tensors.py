@@ -50,7 +50,10 @@ def test_every_kind_of_tensor_comes_back_with_the_same_bits(
 ) -> None:
     monkeypatch.setenv("CKPTD_HANDOVER", handover)
     monkeypatch.setenv("CKPTD_TORN_CHECK", "all")
-    first, second = {"odd": Odd(1), "plain": {"x": torch.eye(3)[1:]}}, {"odd": Odd(2), "plain": {"x": torch.zeros(2, 3)}}
+    first, second = (
+        {"odd": Odd(1), "plain": {"x": torch.eye(3)[1:]}},
+        {"odd": Odd(2), "plain": {"x": torch.zeros(2, 3)}},
+    )
     strides = [t.stride() for t in second["odd"].state_dict().values()]
     save(tier_daemon, first, level="durable")
     restored = restore(tier_daemon, second, source=source)
@@ -154,5 +157,3 @@ def test_a_large_tensor_of_every_layout_survives_with_many_pieces(stage: Stage) 
         second["x"].zero_()
         restore(daemon, second, source=source)
         assert bits(second) == bits(first)
-
-

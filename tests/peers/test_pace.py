@@ -46,15 +46,24 @@ def test_the_slowest_rank_counts() -> None:
 
 def test_auto_loses_at_most_its_share_of_the_time_to_stalls() -> None:
     pace = Pace(Wish("auto"), NEVER)
-    pace.report(0, 1, 0.1, 0.05)
+    for _ in range(3):
+        pace.report(0, 1, 0.1, 0.05)
     every = pace.schedule.entries[-1].every_steps
     assert STALL_SHARE * every * 0.1 + 1e-9 >= 0.05
 
 
 def test_auto_takes_a_snapshot_at_least_every_ten_minutes() -> None:
     pace = Pace(Wish("auto"), NEVER)
-    pace.report(0, 1, 100.0, 500.0)
+    for _ in range(3):
+        pace.report(0, 1, 100.0, 500.0)
     assert pace.schedule.entries[-1].every_steps * 100.0 <= LONGEST_S
+
+
+def test_auto_does_not_judge_by_the_first_snapshots_wait_for_slots() -> None:
+    pace = Pace(Wish("auto"), NEVER)
+    for stall_s in (2.0, 0.001, 0.001):
+        pace.report(0, 1, 0.5, stall_s)
+    assert pace.schedule.at(10**9).every_steps == 1
 
 
 def test_a_small_change_of_pace_changes_no_schedule() -> None:
