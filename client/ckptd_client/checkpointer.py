@@ -102,6 +102,7 @@ class Checkpointer:
         self._step_s: float | None = None
         self._paced_at = 0.0
         self._measured: Capture | None = None
+        self._last_skip: type[CkptdError] | None = None
         self._is_closed = False
         self._board, rank, world_size = find_board()
         leaves = self._walker.walk().leaves
@@ -156,6 +157,7 @@ class Checkpointer:
                 raise problem from error
         else:
             capture.stall_s = time.monotonic() - started
+            self._last_skip = None
             self._report_stall(step)
             self._measured = capture
             self._engine.submit(capture)
@@ -245,7 +247,10 @@ class Checkpointer:
     def _skip(self, snapshot: Snapshot, error: CkptdError) -> None:
         snapshot.skip(error)
         self._engine.submit_drop(snapshot.step, error)
-        log.warning("snapshot of step %s skipped: %s", snapshot.step, error)
+        # One line for a reason, not one a step: a daemon may be away for hours.
+        is_news = type(error) is not self._last_skip
+        self._last_skip = type(error)
+        log.log(logging.WARNING if is_news else logging.DEBUG, "snapshot of step %s skipped: %s", snapshot.step, error)
 
     def _fence(self, optimizer: torch.optim.Optimizer | None) -> None:
         capture = self._engine.current

@@ -35,7 +35,7 @@ class Probe:
 
     def matches(self, binding: Binding) -> bool:
         at = binding.layout.segment_offsets[self.item.segment] + self.item.position
-        return bool(crc32c(binding.payload[at + self.start : at + self.stop]) == self.crc)
+        return bool(crc32c(binding.payload[at + self.start : at + self.stop].data) == self.crc)
 
 
 def take_probes(plan: Plan, sources: list[torch.Tensor], *, is_whole: bool) -> dict[int, list[Probe]]:
@@ -50,5 +50,5 @@ def take_probes(plan: Plan, sources: list[torch.Tensor], *, is_whole: bool) -> d
             source = source.contiguous()
         start = 0 if is_whole else _chance.randrange(max(1, item.size_bytes - _WINDOW_BYTES))
         stop = item.size_bytes if is_whole else min(item.size_bytes, start + _WINDOW_BYTES)
-        probes[group].append(Probe(item, start, stop, crc32c(byte_view(source)[start:stop])))
+        probes[group].append(Probe(item, start, stop, crc32c(byte_view(source)[start:stop].data)))
     return probes

@@ -117,3 +117,16 @@ def test_training_goes_on_through_a_daemon_stopped_and_then_killed_at(stage: Sta
     daemon.restart()
     snapshots_go_on(daemon, trainer)
     check_end(stage, daemon, trainer)
+
+
+@pytest.mark.slow
+def test_a_daemon_halted_longer_than_the_silence_a_client_bears_is_joined_again(stage: Stage) -> None:
+    daemon = stage.tier_daemon()
+    trainer = stage.trainer(daemon, *FREE)
+    trainer.wait_step(5)
+    daemon.stop()
+    wait_until(lambda: "no daemon answers" in (trainer.of("step")[-1]["skipped"] or ""), "the client to miss it")
+    trains_on(trainer)
+    daemon.cont()
+    snapshots_go_on(daemon, trainer)
+    check_end(stage, daemon, trainer)

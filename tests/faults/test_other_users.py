@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
+import struct
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import DaemonProcess, Stage, run_cli
@@ -47,27 +52,37 @@ def test_slots_cannot_be_opened_by_their_path(saved: DaemonProcess) -> None:
         assert path.stat().st_mode & 0o077 == 0
 
 
-def test_a_slot_is_handed_over_to_no_other_user(saved: DaemonProcess) -> None:
-    """Asked on the fd socket itself, as a client would, by a process of another uid."""
-    import subprocess
-    import sys
+def ask_as_nobody(fd_socket: Path, slot: str) -> list[str]:
+    """What the fd socket answers to a child of another uid that asks for ``slot``, to read and to write."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(fd_socket))
+                token = _ask(connection, {"op": "session"})[0]["token"]
+                for is_writable in (False, True):
+                    request = {"op": "slot", "token": token, "slot": slot, "writable": is_writable}
+                    reply, fds = _ask(connection, request)
+                    os.write(write_end, f"{reply.get('error', {}).get('name')} {len(fds)}\n".encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    os.waitpid(child, 0)
+    with os.fdopen(read_end) as answers:
+        return answers.read().splitlines()
 
+
+def _ask(connection: socket.socket, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    body = json.dumps(request).encode()
+    connection.sendall(struct.pack(">I", len(body)) + body)
+    data, fds, _, _ = socket.recv_fds(connection, 65536, 1)
+    return json.loads(data[4:]), list(fds)
+
+
+def test_a_slot_is_handed_over_to_no_other_user(saved: DaemonProcess) -> None:
     slot = saved.slot_files()[0].name
-    fd_socket = saved.socket.with_name("d.fd.sock")
-    script = f"""
-import json, socket, struct
-s = socket.socket(socket.AF_UNIX); s.connect({str(fd_socket)!r})
-def ask(request):
-    body = json.dumps(request).encode(); s.sendall(struct.pack(">I", len(body)) + body)
-    data, fds, _, _ = socket.recv_fds(s, 65536, 1)
-    return json.loads(data[4:]), fds
-token = ask({{"op": "session"}})[0]["token"]
-for writable in (False, True):
-    reply, fds = ask({{"op": "slot", "token": token, "slot": {slot!r}, "writable": writable}})
-    print(reply["error"]["name"], len(fds))
-"""
-    python = os.path.realpath(sys.executable)
-    done = subprocess.run([*NOBODY, shutil.which("python3") or python, "-c", script], capture_output=True, text=True)
-    if "Permission denied" in done.stderr:
-        pytest.skip("the other user has no Python to run here")
-    assert done.stdout.split("\n")[:2] == ["NotPermitted 0", "NotPermitted 0"], done.stderr
+    assert ask_as_nobody(saved.socket.with_name("d.fd.sock"), slot) == ["NotPermitted 0", "NotPermitted 0"]

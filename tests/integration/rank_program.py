@@ -1,4 +1,4 @@
-"""One rank of a job under torchrun: DDP or FSDP2 on gloo, dropout on, every step a snapshot. Rank 0 writes a journal."""
+"""One rank of a job under torchrun: DDP or FSDP2 on gloo, dropout on, a snapshot every step. Rank 0 keeps a journal."""
 
 from __future__ import annotations
 

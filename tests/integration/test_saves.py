@@ -163,6 +163,7 @@ def test_without_a_daemon_training_goes_on_and_restore_does_not_guess(monkeypatc
         assert ckpt.save(1).skipped
 
 
+@pytest.mark.slow
 def test_a_stopped_daemon_stalls_training_for_moments_only(stage: Stage) -> None:
     daemon = stage.daemon()
     state = program()

@@ -1,4 +1,4 @@
-"""Jobs of two ranks under torchrun, killed with SIGKILL and started again: every step has the bits it would have had."""
+"""Two ranks under torchrun, killed with SIGKILL and started again: every step has the bits it would have had."""
 
 from __future__ import annotations
 
