@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from bench.rig import daemon, memcpy_s, report
+from bench.rig import Memcpy, daemon, report
 
 _SIZE = 256 << 20
 
@@ -73,7 +73,8 @@ def main() -> None:
     if arguments.state_bytes:
         rank_main(arguments)
         return
-    rate = _SIZE / memcpy_s(_SIZE)
+    memcpy = Memcpy(_SIZE)
+    rate = _SIZE / statistics.median(memcpy.seconds() for _ in range(5))
     size = int(0.02 * arguments.step_s * rate)
     ranks = os.cpu_count() or 1
     with daemon("4GiB") as (address, _, _):

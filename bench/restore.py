@@ -11,7 +11,7 @@ import time
 import torch
 import torch.distributed.checkpoint as dcp
 
-from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, timed, trained, warm_up
+from bench.rig import MIB, Memcpy, daemon, report, state_bytes, timed, trained, warm_up
 from ckptd_client import Checkpointer
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     model, optimizer = trained(arguments.size_mib * MIB)
     size = state_bytes(model, optimizer)
+    memcpy = Memcpy(size)
     restored, copies = [], []
     with daemon("6GiB") as (address, _, _):
         with Checkpointer({"m": model, "o": optimizer}, "restore", address, every=10**9) as c:
@@ -31,7 +32,7 @@ def main() -> None:
             last.wait("staged", 60)
         for _ in range(arguments.rounds):
             with Checkpointer({"m": model, "o": optimizer}, "restore", address, every=10**9) as c:
-                copies.append(memcpy_s(size, 1))
+                copies.append(memcpy.seconds())
                 started = time.perf_counter()
                 result = c.restore(step=5000)  # by number: resuming from it again and again would be distrusted
                 restored.append(time.perf_counter() - started)

@@ -6,7 +6,7 @@ import argparse
 import statistics
 import time
 
-from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, trained, warm_up
+from bench.rig import MIB, Memcpy, daemon, report, state_bytes, trained, warm_up
 from ckptd_client import Checkpointer
 
 
@@ -17,6 +17,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, optimizer = trained(arguments.size_mib * MIB)
     size = state_bytes(model, optimizer)
+    memcpy = Memcpy(size)
     staged, copies = [], []
     with (
         daemon("6GiB") as (address, _, _),
@@ -24,7 +25,7 @@ def main() -> None:
     ):
         warm_up(c)
         for number in range(arguments.rounds):
-            copies.append(memcpy_s(size, 1))
+            copies.append(memcpy.seconds())
             started = time.perf_counter()
             c.save(1000 + number).wait("staged", 60)
             staged.append(time.perf_counter() - started)

@@ -15,7 +15,7 @@ import time
 import torch
 import torch.distributed.checkpoint as dcp
 
-from bench.rig import MIB, daemon, memcpy_s, report, state_bytes, trained, warm_up
+from bench.rig import MIB, Memcpy, daemon, report, state_bytes, trained, warm_up
 from ckptd_client import Checkpointer
 
 
@@ -53,6 +53,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     model, optimizer = trained(arguments.size_mib * MIB)
     size = state_bytes(model, optimizer)
+    memcpy = Memcpy(size)
     with (
         daemon("6GiB") as (address, _, _),
         Checkpointer({"m": model, "o": optimizer}, "stall", address, every=10**9) as c,
@@ -61,7 +62,7 @@ def main() -> None:
         long = [lost_s(c, 10 + n, 0.5) for n in range(arguments.rounds)]
         copies, short = [], []
         for n in range(arguments.rounds):
-            copies.append(memcpy_s(size, 1))
+            copies.append(memcpy.seconds())
             short.append(lost_s(c, 100 + n, 0.010))
     blocked = dcp_async_s({"m": model.state_dict(), "o": optimizer.state_dict()}, 3)
     copy = statistics.median(copies)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptd.format.blocks import HEADER_BYTES, SlotLayout, align
+from ckptd.format.blocks import BOX_ALIGN_BYTES, HEADER_BYTES, SlotLayout, align
 from ckptd_client.mapping import REGISTERED_PIECE_BYTES, Bytes
 from ckptd_client.plan import Item, Piece, Plan
 from ckptd_client.state import TORCH_DTYPES, Leaf
@@ -25,7 +25,7 @@ class Binding:
         self.frozen: tuple[int, Any] | None = None
         whole = torch.from_numpy(payload)
         self._segments = [
-            whole[offset : offset + align(segment.size_bytes, 64)].view(TORCH_DTYPES[segment.dtype])
+            whole[offset : offset + align(segment.size_bytes, BOX_ALIGN_BYTES)].view(TORCH_DTYPES[segment.dtype])
             for segment, offset in zip(layout.segments, layout.segment_offsets, strict=True)
         ]
         self._views: dict[int, torch.Tensor] = {}
@@ -33,7 +33,11 @@ class Binding:
             for item in piece.items:
                 if item.leaf not in self._views:
                     self._views[item.leaf] = self._view(item, leaves[item.leaf].tensor)
-        # Padding is part of blocks: zeros, so that the same state has the same checksums everywhere.
+        # Padding is part of blocks: zeros, so that the same state has the same checksums everywhere, and nothing that
+        # lay in the memory before goes along.
+        for item in (item for piece in plan.pieces for item in piece.items if item.size_bytes % BOX_ALIGN_BYTES):
+            end = layout.segment_offsets[item.segment] + item.position + item.size_bytes
+            payload[end : align(end, BOX_ALIGN_BYTES)] = 0
         for segment, offset in zip(layout.segments, layout.segment_offsets, strict=True):
             payload[offset + segment.size_bytes : offset + align(segment.size_bytes, layout.block_bytes)] = 0
 

@@ -64,7 +64,7 @@ def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     assert found.keys() == expected.keys()
 
     def raw(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+        return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).cpu()
 
     return [name for name, tensor in found.items() if not torch.equal(raw(tensor), raw(expected[name]))]
 
