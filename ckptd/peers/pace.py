@@ -62,7 +62,8 @@ class Pace:
         self.schedule = Schedule((ScheduleEntry(0, first, first if persist is None else _multiple(persist, first)),))
 
     def report(self, rank: int, step: int, step_s: float, stall_s: float) -> None:
-        """``rank`` is at ``step``; its steps take ``step_s``, a snapshot lost it ``stall_s`` (negative: none; step time 0: not known)."""
+        """``rank`` is at ``step``; its steps take ``step_s`` (0: not known), a snapshot lost it ``stall_s`` (negative:
+        none to report)."""
         self._newest_step = max(self._newest_step, step)
         if step_s > 0:
             self._step_s[rank] = step_s
