@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ from ckptd.errors import (
     DrainFailed,
     FormatTooNew,
     InvalidRequest,
+    TierFailed,
     TierNotShared,
     UnknownStep,
 )
@@ -36,14 +38,16 @@ from ckptd.tiers.spec import TierSpec
 from ckptd.tiers.tier import Progress, StoredSnapshot, Tier
 
 _RECORD_SUFFIX: Final = ".json"
+_MARK_NAME: Final = ".ckptd-tier"
 
 
 class ZarrTier(Tier):
-    """See ``Tier`` for the contract. Holds nothing but its spec."""
+    """See ``Tier`` for the contract. Holds its spec, and the mark by which it knows its root again."""
 
     def __init__(self, spec: TierSpec) -> None:
         self._spec = spec
         self._root = spec.path
+        self._mark: bytes | None = None
 
     @property
     def spec(self) -> TierSpec:
@@ -56,13 +60,23 @@ class ZarrTier(Tier):
         with file_errors(self._root, "write to the tier"), tempfile.TemporaryFile(dir=self._root) as file:
             file.write(b"ckptd")
             file.flush()
+        with file_errors(self._root / _MARK_NAME, "mark the tier"):
+            with suppress(CommitConflict):  # marked before, by us or by another node
+                files.write_new(self._root / _MARK_NAME, os.urandom(8).hex().encode())
+            self._mark = (self._root / _MARK_NAME).read_bytes()
 
     def probe(self) -> None:
+        """Also checks the mark: the empty mount point of an unmounted tier must not read as an empty tier."""
         with file_errors(self._root, "read the tier"), os.scandir(self._root) as entries:
             next(entries, None)
+        if self._mark is not None:
+            with file_errors(self._root / _MARK_NAME, "recognise the tier"):
+                if (self._root / _MARK_NAME).read_bytes() != self._mark:
+                    raise TierFailed(f"{self._root} is another tier than at the start", "mount what belongs there")
 
     # --- what is there --------------------------------------------------------------------------------------------
     def runs(self) -> list[str]:
+        self.probe()
         with file_errors(self._root, "list the runs"):
             return sorted(path.name for path in self._root.iterdir() if _is_run(path))
 

@@ -118,7 +118,8 @@ def test_every_file_and_folder_is_synced_before_its_manifest(tier: ZarrTier, mon
     monkeypatch.setattr(os, "fsync", note)
     manifest = write(tier, [small_shard(0), small_shard(1)])
     tier.commit(manifest)
-    for path in [tier.spec.path, *tier.spec.path.rglob("*")]:
+    run_folder = tier.spec.path / RUN
+    for path in [tier.spec.path, run_folder, *run_folder.rglob("*")]:
         assert path.stat().st_ino in synced, path
 
 

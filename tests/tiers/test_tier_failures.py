@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import CkptdError, Corrupt, TierFailed
+from ckptd.tiers import TierSpec, ZarrTier
 from ckptd.tiers.failures import file_errors, zarr_errors
 
 PATH = Path("/ckpt/run")
@@ -78,3 +79,17 @@ def test_a_disk_that_is_really_full_gives_one_line_and_no_checkpoint(tmp_path: P
     assert "No space left on device" in first
     assert "free space on it" in first
     assert not [name for name in files if "manifest" in name or "rank-00001" in name]
+
+
+def test_the_empty_mount_point_of_an_unmounted_tier_is_no_empty_tier(tmp_path: Path) -> None:
+    root = tmp_path / "tier"
+    tier = ZarrTier(TierSpec.parse(f"file://{root}"))
+    tier.open()
+    root.rename(tmp_path / "away")
+    root.mkdir()
+    for ask in (tier.runs, lambda: tier.snapshots("run"), tier.probe):
+        with pytest.raises(TierFailed, match="recognise"):
+            ask()
+    root.rmdir()
+    (tmp_path / "away").rename(root)
+    assert tier.runs() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numcodecs
@@ -159,7 +160,7 @@ def test_what_is_stored_is_listed_and_what_is_not_is_unknown(tier: ZarrTier) -> 
 
 
 def test_a_tier_that_is_gone_is_a_failure_and_not_an_empty_tier(tier: ZarrTier) -> None:
-    tier.spec.path.rmdir()
+    shutil.rmtree(tier.spec.path)
     for question in (tier.probe, tier.runs, lambda: tier.snapshots(RUN), lambda: tier.manifest(RUN, SNAPSHOT)):
         with pytest.raises(TierFailed, match="is the file system mounted"):
             question()
