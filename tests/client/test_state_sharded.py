@@ -51,7 +51,7 @@ def run_ranks(commands: list[list[object]]) -> None:
     try:
         for rank in ranks:
             output, _ = rank.communicate(timeout=120)
-            assert output.strip().endswith("ok"), output
+            assert "ok" in output.splitlines(), output  # gloo's own threads may have a last word at exit
     finally:
         for rank in ranks:
             rank.kill()
