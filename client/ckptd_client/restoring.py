@@ -183,6 +183,8 @@ class Restoration:
             shard.plan.check()
         except CkptdError as error:
             return None, error
+        except Exception as error:  # noqa: BLE001  every rank must report, or the others wait for it
+            return None, CkptdError(f"{type(error).__name__}: {error}")
         return shard, None
 
     def _map(self, fetched: node_pb2.FetchResponse) -> _Shard:
