@@ -42,6 +42,7 @@ def receive(messages: Iterator[bytes], slot_of: Callable[[str, int], Slot]) -> i
         np.copyto(payload[offset : offset + len(data)], np.frombuffer(data, np.uint8))
         written += len(data)
         write_mark(slot.page, written)
+        slot.advance()  # now, while the bytes are in this core's cache
     return written
 
 
