@@ -59,11 +59,11 @@ def main() -> None:
         Checkpointer({"m": model, "o": optimizer}, "stall", address, every=10**9) as c,
     ):
         warm_up(c)
-        long = [lost_s(c, 10 + n, 0.5) for n in range(arguments.rounds)]
+        long = [lost_s(c, 1000 + n, 0.5) for n in range(arguments.rounds)]
         copies, short = [], []
         for n in range(arguments.rounds):
             copies.append(memcpy.seconds())
-            short.append(lost_s(c, 100 + n, 0.010))
+            short.append(lost_s(c, 2000 + n, 0.010))
     blocked = dcp_async_s({"m": model.state_dict(), "o": optimizer.state_dict()}, 3)
     copy = statistics.median(copies)
     report(

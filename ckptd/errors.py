@@ -166,6 +166,12 @@ class CaptureBusy(StepDead):
     """The snapshot before this one was still being captured."""
 
 
+class StepRepeated(StepDead):
+    """A step that is not beyond the last one saved: a step number stands for one state of the run."""
+
+    default_hint = "count optimizer steps on across epochs; to go back, restore in a new Checkpointer"
+
+
 class Superseded(CkptdError):
     grpc_code = "ABORTED"
 

@@ -177,8 +177,8 @@ class Arena:
                 self._failed[run, rank] = failure
 
     def _make_room(self, run: str, rank: int, slot_bytes: int) -> None:
-        """Drop free slots until ``slot_bytes`` more fit the budget: too small ones of this rank, then ended runs',
-        then any; NoSlot when they never will."""
+        """Drop slots until ``slot_bytes`` more fit the budget: too small ones of this rank, then free ones of ended
+        runs, then any free one, then what ended runs still hold; NoSlot when that is not enough."""
         if not self._may_grow:
             raise NoSlot(
                 "no new slots: the budget exceeds what this machine has", "restart the daemon with less --memory"
@@ -191,9 +191,14 @@ class Arena:
 
         def preference(slot: Slot) -> tuple[int, int]:
             owner = self._owner[slot.id]
+            if self.why_kept(slot) is not None:
+                return 3, slot.capacity_bytes
             return (0 if owner == (run, rank) else 1 if self.is_ended(owner[0]) else 2, slot.capacity_bytes)
 
-        free = sorted((s for s in self._slots.values() if self.why_kept(s) is None), key=preference)
+        def may_go(slot: Slot) -> bool:
+            return self.why_kept(slot) is None or (self.is_ended(self._owner[slot.id][0]) and not slot.leases)
+
+        free = sorted(filter(may_go, self._slots.values()), key=preference)
         for slot in free:
             too_small = self._owner[slot.id] == (run, rank) and slot.capacity_bytes < slot_bytes
             if not too_small and self.used_bytes + slot_bytes <= self.memory_bytes:

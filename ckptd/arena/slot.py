@@ -139,6 +139,8 @@ class Slot:
         self.advance()
         with self._advance_lock:
             header = self.sealed_header
+            if self.state is SlotState.FREE:
+                raise InvalidRequest(f"slot {self.id} was taken back: its step is dead")
             if self._checksummed < header.layout.blocks:
                 raise Corrupt(
                     f"{self.id}: sealed with {self._checksummed} of {header.layout.blocks} blocks written",

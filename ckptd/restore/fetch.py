@@ -9,7 +9,6 @@ import numpy as np
 from crc32c import crc32c
 
 from ckptd.arena.arena import Arena, Lease
-from ckptd.arena.slot import Slot
 from ckptd.errors import Corrupt, RestoreFailed, SlotNotReady, StateMismatch, UnknownStep
 from ckptd.failpoints import failpoint
 from ckptd.format.manifest import Manifest
@@ -90,30 +89,36 @@ class Fetcher:
             sealed_at_s=0.0,
             layout=tier.layout_of(manifest, rank),
         )
-        slot = self._begin(header)
-        lease = self._arena.lease(slot, holder)
+        lease = self._begin(header, holder)
+        slot = lease.slot
         try:
-            self._fill(tier, manifest, slot)
+            self._fill(tier, manifest, lease)
         except BaseException:
             self._arena.release(lease.id)
             self._arena.free(slot)
             raise
         return lease
 
-    def _fill(self, tier: Tier, manifest: Manifest, slot: Slot) -> None:
+    def _fill(self, tier: Tier, manifest: Manifest, lease: Lease) -> None:
+        slot = lease.slot
         layout = slot.sealed_header.layout
-        _, table = tier.read_rank(manifest, slot.sealed_header.rank, slot.payload)
+
+        def renew(_: int) -> None:
+            self._arena.leased(lease.id)
+
+        _, table = tier.read_rank(manifest, slot.sealed_header.rank, slot.payload, renew)
         failpoint("restore.after_read")
         write_mark(slot.page, layout.payload_bytes)
         slot.seal(crc32c(slot.index))
         if not np.array_equal(slot.table, table):
             raise Corrupt(f"{slot.id}: memory does not hold what was read from {tier.spec.url}")
 
-    def _begin(self, header: SlotHeader) -> Slot:
+    def _begin(self, header: SlotHeader, holder: str) -> Lease:
         deadline = time.monotonic() + SLOT_DEADLINE_S
         while True:
             try:
-                return self._arena.begin_restore(header)
+                with self._arena.lock:  # nobody may take the slot before it is leased
+                    return self._arena.lease(self._arena.begin_restore(header), holder)
             except SlotNotReady:
                 if time.monotonic() > deadline:
                     raise

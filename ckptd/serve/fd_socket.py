@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ _PEERCRED = struct.Struct("3i")
 _LENGTH = struct.Struct(">I")
 _MOST_BYTES: Final = 64 * 1024
 _IDLE_S: Final = 3600.0
+_PAUSE_S: Final = 0.1
 
 OpenSlot = Callable[[Identity, str, bool], tuple[int, int]]
 log = structlog.get_logger()
@@ -41,6 +43,7 @@ class FdSocket:
         self._instance = instance
         self._open_slot = open_slot
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._is_closed = False
 
     def start(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -51,6 +54,7 @@ class FdSocket:
         threading.Thread(target=self._accept, name="fd-socket", daemon=True).start()
 
     def close(self) -> None:
+        self._is_closed = True
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
@@ -58,9 +62,13 @@ class FdSocket:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._converse, args=(connection,), name="fd-peer", daemon=True).start()
+                threading.Thread(target=self._converse, args=(connection,), name="fd-peer", daemon=True).start()
+            except (OSError, RuntimeError) as error:
+                if self._is_closed:
+                    return
+                # Out of descriptors or threads, for now: whoever connects next must find us here.
+                log.warning("fd socket", reason=str(error))
+                time.sleep(_PAUSE_S)
 
     def _converse(self, connection: socket.socket) -> None:
         with connection, suppress(OSError, ValueError):  # a peer that goes away or talks nonsense costs nobody else

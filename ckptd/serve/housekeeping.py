@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
-from ckptd.errors import CkptdError
+from ckptd.arena.slot import Slot
+from ckptd.errors import CkptdError, DrainFailed
 from ckptd.format.manifest import Manifest
+from ckptd.model import SnapshotId
 from ckptd.serve.catalog import tier_rows
 from ckptd.serve.coordinator import expendable_in
 from ckptd.serve.node import Node
@@ -37,45 +40,51 @@ def prune_actions(node: Node, run: str, is_applied: bool) -> list[pb.PruneAction
 
 
 def finish_actions(node: Node, run: str, is_applied: bool) -> list[pb.PruneAction]:
-    """Checkpoints whose arrays are all in the tier but whose manifest was never put: commit them."""
+    """Checkpoints without a manifest whose shards are all in memory: write what is missing and commit them. Those that
+    are being drained are left to their drain."""
     actions = []
     for tier in node.tiers:
+        draining = node.draining_of(run)
         for row in tier_rows(tier, run):
-            if row.state != "uncommitted":
+            snapshot = snapshot_from_pb(row.snapshot)
+            if row.state != "uncommitted" or snapshot in draining:
                 continue
             action = pb.PruneAction(verb="finish", checkpoint=row, reason="its commit was interrupted")
-            manifest = next(_manifests(node, tier, run, row), None)
-            if manifest is None:
+            slots = [s for s in node.arena.sealed(run) if s.header and s.header.snapshot == snapshot]
+            if not slots or len({s.sealed_header.rank for s in slots}) != slots[0].sealed_header.world_size:
                 action.problem = "not in memory any more: it cannot be finished"
-            elif missing := tier.missing(manifest):
-                action.problem = f"{len(missing)} parts are missing, the first is {missing[0]}"
             elif is_applied:
-                _do(action, lambda tier=tier, manifest=manifest: tier.commit(manifest))  # type: ignore[misc]
+                _do(action, partial(_finish, node, tier, run, snapshot, slots))
             actions.append(action)
     return actions
 
 
-def _manifests(node: Node, tier: Tier, run: str, row: pb.CheckpointRow) -> Iterator[Manifest]:
-    """The manifest of an uncommitted checkpoint, from the slots it was written from, when all of them are here."""
-    snapshot = snapshot_from_pb(row.snapshot)
-    slots = [s for s in node.arena.sealed(run) if s.header and s.header.snapshot == snapshot]
-    headers = [s.sealed_header for s in slots]
-    if not slots or len({h.rank for h in headers}) != headers[0].world_size:
-        return
-    records = tuple(
-        tier.write_rank(run, snapshot, s.sealed_header.rank, s.sealed_header.layout, s.payload, s.table) for s in slots
-    )
-    first = headers[0]
-    yield Manifest(
-        run=run,
-        snapshot=snapshot,
-        parent=first.parent,
-        world_size=first.world_size,
-        roster_version=first.roster_version,
-        block_bytes=first.layout.block_bytes,
-        created_at_s=time.time(),
-        ranks=tuple(sorted(records, key=lambda r: r.rank)),
-    )
+def _finish(node: Node, tier: Tier, run: str, snapshot: SnapshotId, slots: list[Slot]) -> None:
+    """Write every rank's shard (what is there already is left as it is), then the manifest."""
+    leases = [node.arena.lease(slot, f"finish/{run}") for slot in slots]
+    try:
+        headers = [slot.sealed_header for slot in slots]
+        if any(header.snapshot != snapshot for header in headers):
+            raise DrainFailed(f"{snapshot}: its slots were recycled meanwhile")
+        records = [
+            tier.write_rank(run, snapshot, header.rank, header.layout, slot.payload, slot.table)
+            for slot, header in zip(slots, headers, strict=True)
+        ]
+        tier.commit(
+            Manifest(
+                run=run,
+                snapshot=snapshot,
+                parent=headers[0].parent,
+                world_size=headers[0].world_size,
+                roster_version=headers[0].roster_version,
+                block_bytes=headers[0].layout.block_bytes,
+                created_at_s=time.time(),
+                ranks=tuple(sorted(records, key=lambda record: record.rank)),
+            )
+        )
+    finally:
+        for lease in leases:
+            node.arena.release(lease.id)
 
 
 def _do(action: pb.PruneAction, work: Callable[[], object]) -> None:

@@ -12,10 +12,10 @@ import structlog
 
 import ckptd
 from ckptd.arena.slot import Slot
-from ckptd.errors import CkptdError, InstanceChanged, InvalidRequest, SlotNotReady, StepDead
+from ckptd.errors import CkptdError, InstanceChanged, InvalidRequest, SlotNotReady, StepDead, StepRepeated
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import HEADER_BYTES, SlotLayout
-from ckptd.format.slot import SlotHeader
+from ckptd.format.slot import SlotHeader, SlotState
 from ckptd.model import Segment, SnapshotId, check_run_name
 from ckptd.peers.pace import Pace, Wish
 from ckptd.restore.candidates import find_step, order_candidates
@@ -123,6 +123,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         failpoint("begin.before")
         self._check_instance(request.instance)
         self._node.check_current(run.run, run.incarnation)
+        if run.watermarks.HasField("staged") and request.step <= run.watermarks.staged:
+            raise StepRepeated(f"step {request.step}: step {run.watermarks.staged} is staged already")
         if any(o.step == request.step for o in run.watermarks.dead):
             raise StepDead(f"step {request.step} is dead: another rank could not take it")
         # What this incarnation starts from is settled by its first save, if no restore settled it before.
@@ -170,6 +172,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         run = self._run(request)
         started = time.monotonic()
         slot = self._slot_to_write(request.slot, request.generation)
+        if any(outcome.step == request.step for outcome in run.watermarks.dead):
+            raise StepDead(f"step {request.step} is dead: another rank could not take it, or it came too late")
         header = slot.seal(request.index_crc)
         metrics = self._node.metrics
         metrics.seal_seconds.labels(run.run).observe(time.monotonic() - started)
@@ -185,7 +189,9 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         run = self._run(request)
         outcome = request.outcome
         if request.slot:
-            self._node.arena.free(self._slot_to_write(request.slot, request.generation))
+            slot = self._slot_to_write(request.slot, request.generation)
+            if slot.state is SlotState.WRITING:  # sealed after all: then the recycle rule decides
+                self._node.arena.free(slot)
         self._node.metrics.skips_total.labels(run.run, outcome.error or "StepDead").inc()
         if outcome.error == "Torn":
             self._node.metrics.torn_total.labels(run.run).inc()
@@ -194,6 +200,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
     def ReportPace(self, request: pb.ReportPaceRequest, context: grpc.ServicerContext) -> pb.ReportPaceResponse:
         run = self._run(request)
+        if not (math.isfinite(request.step_seconds) and math.isfinite(request.stall_seconds)):
+            raise InvalidRequest("step and stall seconds must be finite")
         run.report_pace(request.rank, request.step, request.step_seconds, request.stall_seconds)
         if request.stall_seconds >= 0:
             self._node.metrics.stall_seconds.labels(run.run).observe(request.stall_seconds)

@@ -42,8 +42,11 @@ class Upkeep:
         for coordinator in node.coordinators():
             coordinator.tick()
         for run in node.node_runs():
-            run.report()
-            node.settle(run)
+            try:
+                run.report()
+                node.settle(run)
+            except Exception:  # one run's trouble is not the others'
+                log.exception("upkeep of a run failed", run=run.run)
         self._drop_orphans()
         self._observe()
 

@@ -140,6 +140,11 @@ class Capture:
             if self.failed is None and not all(self._done):
                 self.failed = StepDead("the copy did not end in time")
         self._check_groups()
+        with self._changed:
+            # A check that the training thread has claimed must end too: what is torn is never sealed.
+            self._changed.wait_for(lambda: self.failed or all(self._is_safe), COPY_S)
+            if self.failed is None and not all(self._is_safe):
+                self.failed = StepDead("the check for torn tensors did not end in time")
         if self.failed:
             raise self.failed
         binding, target = self.bound()
@@ -209,7 +214,9 @@ class Capture:
                     # On a device the wait is the stream's: the host goes on as soon as it is enqueued.
                     self._check_versions(number)
                     self.devices.fence(number)
-                    self._is_safe[number] = True
+                    with self._changed:
+                        self._is_safe[number] = True
+                        self._changed.notify_all()
         return all(self._is_safe[number] for number in groups)
 
     def _claim_check(self, group: int) -> bool:
@@ -232,7 +239,7 @@ class Capture:
         failpoint("copy.piece")
         try:
             self.binding.copy_on_cpu(self.plan.pieces[number], self.sources)
-        except (RuntimeError, IndexError) as error:
+        except Exception as error:  # noqa: BLE001  on the training thread too, where nothing of ours may be raised
             # A source that was freed or changed its form under the copy: the snapshot cannot be right.
             self.fail(StepDead(f"copy failed: {error}"))
             return False

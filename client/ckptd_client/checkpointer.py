@@ -27,6 +27,7 @@ from ckptd.errors import (
     NotPersisted,
     RestoreUndecided,
     StepDead,
+    StepRepeated,
 )
 from ckptd.format.tree import encode_tree
 from ckptd.model import check_run_name
@@ -103,6 +104,7 @@ class Checkpointer:
         self._paced_at = 0.0
         self._measured: Capture | None = None
         self._last_skip: type[CkptdError] | None = None
+        self._newest: Snapshot | None = None
         self._is_closed = False
         self._board, rank, world_size = find_board()
         leaves = self._walker.walk().leaves
@@ -142,6 +144,9 @@ class Checkpointer:
     def save(self, step: int, persist: bool = False) -> Snapshot:
         """Begin a snapshot of the state as it is after ``step`` and return at once. All ranks call it with the same
         step. ``persist``: make it durable whatever the schedule says."""
+        newest = self._newest
+        if newest is not None and step == newest.step and not (persist and not newest.is_persisted):
+            return newest
         snapshot = Snapshot(step)
         started = time.monotonic()
         try:
@@ -160,6 +165,7 @@ class Checkpointer:
             self._last_skip = None
             self._report_stall(step)
             self._measured = capture
+            self._newest = snapshot
             self._engine.submit(capture)
         return snapshot
 
@@ -179,9 +185,13 @@ class Checkpointer:
             StateMismatch: the state differs from the snapshot in name, shape or dtype; nothing was changed.
             RestoreFailed: every copy of every candidate is broken.
         """
+        if self._newest is not None:
+            raise InvalidRequest(
+                "restore() after a save", "restore before the first save, or make a new Checkpointer to go back"
+            )
+        self._restores += 1  # first, so that ranks that fail below stay in step with those that do not
         if problem := self._link.wait_joined(JOIN_S):
             raise RestoreUndecided(f"no answer from the daemon: {problem.message}")
-        self._restores += 1
         try:
             restored = Restoration(self._link, self._board, self._state, self._restores).run(step, source)
         except CkptdError as error:
@@ -210,6 +220,8 @@ class Checkpointer:
             raise StepDead(f"step {step}: the Checkpointer is closed")
         if not isinstance(step, int) or step < 0:
             raise InvalidRequest(f"step {step!r} is not a step number")
+        if self._newest is not None and step <= self._newest.step:
+            raise StepRepeated(f"step {step} comes after step {self._newest.step} was saved")
         if problem := self._link.problem:
             raise DaemonUnreachable(f"step {step} skipped: {problem.message}", problem.hint)
         if (before := self._engine.current) is not None:
@@ -243,10 +255,12 @@ class Checkpointer:
             snapshot.durable.set_exception(NoTier("the daemon has no shared tier"))
         elif not is_persisted:
             snapshot.durable.set_exception(NotPersisted(f"step {snapshot.step} is not due to become durable"))
+        snapshot.is_persisted = is_persisted
 
     def _skip(self, snapshot: Snapshot, error: CkptdError) -> None:
         snapshot.skip(error)
-        self._engine.submit_drop(snapshot.step, error)
+        if not isinstance(error, StepRepeated):  # the step is not this rank's to declare dead: it has been captured
+            self._engine.submit_drop(snapshot.step, error)
         # One line for a reason, not one a step: a daemon may be away for hours.
         is_news = type(error) is not self._last_skip
         self._last_skip = type(error)
@@ -254,8 +268,13 @@ class Checkpointer:
 
     def _fence(self, optimizer: torch.optim.Optimizer | None) -> None:
         capture = self._engine.current
-        if capture is not None:
+        if capture is None:
+            return
+        try:
             capture.fence(optimizer)
+        except Exception as error:  # in the middle of optimizer.step(): nothing of ours may stop it
+            log.warning("fence", exc_info=True)
+            capture.fail(StepDead(f"fence: {type(error).__name__}: {error}"))
 
     def _note_pace(self, step: int) -> None:
         """Measure the step time, and report it about once a second."""

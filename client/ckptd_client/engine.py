@@ -119,10 +119,11 @@ class CaptureEngine:
             self._link.suspect(error)
         if not isinstance(error, StepDead):
             error = StepDead(f"step {step}: {error.message}", error.hint)
-        capture.snapshot.fail(error)
         log.warning("snapshot of step %d is lost: %s", step, error)
         capture.settle()
+        capture.end()  # before anybody hears of it: who does may save again at once
         self._drop(step, error, slot, generation)
+        capture.snapshot.fail(error)
 
     def _begin(self, capture: Capture) -> node_pb2.BeginResponse:
         """A slot; asks again while one is being made, until the capture is given up at a fence."""

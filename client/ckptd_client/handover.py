@@ -104,12 +104,12 @@ class StreamTarget:
         sent, view = 0, self.payload.data
         while sent < len(view):
             with self._moved:
-                self._moved.wait_for(
+                is_ready = self._moved.wait_for(
                     lambda sent=sent: self._is_over or self._written >= min(sent + MESSAGE_BYTES, len(view)),  # type: ignore[misc]
                     _STALLED_S,
                 )
-                if self._is_over:
-                    return
+                if self._is_over or not is_ready:
+                    return  # the seal will say how much is missing
             stop = min(sent + MESSAGE_BYTES, len(view))
             yield encode_write(self._slot if sent == 0 else "", self._generation, sent, view[sent:stop])
             sent = stop

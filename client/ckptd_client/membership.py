@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from ckptd.errors import RendezvousTimeout
+from ckptd.errors import CkptdError, RendezvousTimeout
 from ckptd.format.blocks import block_bytes_for
 from ckptd.model import Incarnation, Roster, RosterEntry
 from ckptd_api.convert import incarnation_from_pb, incarnation_to_pb, roster_from_pb, roster_to_pb
@@ -118,10 +118,22 @@ class Meeting:
         if self.rank != 0:
             data = wait_for(self._board, [(0, key)], MEET_S, "ordinal of the incarnation")[0]
             return incarnation_from_pb(types_pb2.Incarnation.FromString(data))
-        survey = daemon.call("Survey", node_pb2.SurveyRequest(run=self._run), _CALL_S)
+        survey = self._survey(daemon)
         incarnation = Incarnation(survey.highest_ordinal + 1, roster.incarnation_id)
         self._board.set(key, incarnation_to_pb(incarnation).SerializeToString())
         return incarnation
+
+    def _survey(self, daemon: Daemon) -> node_pb2.SurveyResponse:
+        """What is known of the run; asked again for a while, since the other ranks wait for the ordinal."""
+        until = time.monotonic() + MEET_S
+        while True:
+            try:
+                found: node_pb2.SurveyResponse = daemon.call("Survey", node_pb2.SurveyRequest(run=self._run), _CALL_S)
+                return found
+            except CkptdError as error:
+                if not error.is_retryable or self.world_size == 1 or time.monotonic() > until:
+                    raise
+                time.sleep(1.0)
 
 
 def _entry_to_bytes(entry: RosterEntry) -> bytes:

@@ -10,7 +10,7 @@ from ckptd.errors import CkptdError, DaemonUnreachable, StepDead, error_from_wir
 from ckptd.model import Schedule
 from ckptd_api.convert import schedule_entry_from_pb
 from ckptd_api.v1 import types_pb2
-from ckptd_client.snapshot import Snapshot
+from ckptd_client.snapshot import Snapshot, end
 
 _FORGOTTEN_S: Final = 900.0
 
@@ -33,35 +33,43 @@ class Pending:
             value = schedule_entry_from_pb(entry)
             if value not in self.schedule.entries:
                 self.schedule = self.schedule.extended(value)
-        dead = {outcome.step: outcome for outcome in marks.dead}
-        not_durable = {outcome.step: outcome for outcome in marks.not_durable}
         with self._lock:
-            for step, (snapshot, _) in list(self._open.items()):
-                if step in dead:
-                    snapshot.fail(_died(step, dead[step]))
-                elif marks.HasField("staged") and step <= marks.staged and not snapshot.staged.done():
-                    snapshot.staged.set_result(step)
-                if not snapshot.durable.done() and snapshot.staged.done():
-                    if outcome := not_durable.get(step):
-                        snapshot.durable.set_exception(_error(outcome, f"step {step}"))
-                    elif marks.HasField("durable") and step <= marks.durable:
-                        snapshot.durable.set_result(step)
-            self._sweep()
+            still_open = dict(self._open)
+        now = time.monotonic()
+        # Without the lock: ending a future runs its callbacks, and they may save again.
+        for step, (snapshot, since) in still_open.items():
+            _settle(snapshot, marks)
+            if marks.HasField("draining") and marks.draining == step:
+                since = now  # a drain may take long, and it is heard of
+            if now - since > _FORGOTTEN_S:
+                snapshot.fail(DaemonUnreachable(f"nothing was heard of step {step} for {_FORGOTTEN_S:g} s"))
+            with self._lock:
+                if snapshot.is_settled:
+                    self._open.pop(step, None)
+                elif step in self._open:
+                    self._open[step] = (snapshot, since)
 
     def close(self, error: CkptdError) -> None:
         """Nothing more will be heard: every open future ends."""
         with self._lock:
-            for snapshot, _ in self._open.values():
-                snapshot.fail(error)
-            self._open.clear()
+            left, self._open = self._open, {}
+        for snapshot, _ in left.values():
+            snapshot.fail(error)
 
-    def _sweep(self) -> None:
-        now = time.monotonic()
-        for step, (snapshot, since) in list(self._open.items()):
-            if now - since > _FORGOTTEN_S and not snapshot.is_settled:
-                snapshot.fail(DaemonUnreachable(f"nothing was heard of step {step} for {_FORGOTTEN_S:g} s"))
-            if snapshot.is_settled:
-                del self._open[step]
+
+def _settle(snapshot: Snapshot, marks: types_pb2.Watermarks) -> None:
+    """End the futures of ``snapshot`` that the watermarks decide."""
+    step = snapshot.step
+    if died := next((outcome for outcome in marks.dead if outcome.step == step), None):
+        snapshot.fail(_died(step, died))
+    elif marks.HasField("staged") and step <= marks.staged:
+        end(snapshot.staged, step)
+    if snapshot.durable.done() or not snapshot.staged.done():
+        return
+    if outcome := next((outcome for outcome in marks.not_durable if outcome.step == step), None):
+        end(snapshot.durable, _error(outcome, f"step {step}"))
+    elif marks.HasField("durable") and step <= marks.durable:
+        end(snapshot.durable, step)
 
 
 def _error(outcome: types_pb2.StepOutcome, what: str) -> CkptdError:

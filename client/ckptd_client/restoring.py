@@ -87,6 +87,8 @@ class Restoration:
             if self._agree(attempt, error, snapshot):
                 assert shard is not None
                 return self._apply(shard, snapshot)
+            if shard is not None:
+                self._release(shard.lease)
             attempt += 1
 
     # --- rank 0 ------------------------------------------------------------------------------------------------------
@@ -179,8 +181,9 @@ class Restoration:
         )
         try:
             fetched = link.daemon.call("Fetch", request, FETCH_S)
-            shard = self._map(fetched)
-            shard.plan.check()
+            with self._released_on_error(fetched.lease):
+                shard = self._map(fetched)
+                shard.plan.check()
         except CkptdError as error:
             return None, error
         except Exception as error:  # noqa: BLE001  every rank must report, or the others wait for it
@@ -197,10 +200,24 @@ class Restoration:
         plan = plan_restore(self._state, tree["state"], boxes)
         return _Shard(plan, tree["rng"], boxes, payload, layout, fetched.source, fetched.lease)
 
+    @contextmanager
+    def _released_on_error(self, lease: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._release(lease)
+            raise
+
+    def _release(self, lease: int) -> None:
+        with suppress(CkptdError):  # it expires by itself, and a daemon that restarted has forgotten it
+            self._link.daemon.call("Release", node_pb2.ReleaseRequest(lease=lease), _CALL_S)
+
     def _apply(self, shard: _Shard, snapshot: SnapshotId) -> Restored:
-        with _released(self._link, shard.lease):
+        try:
             shard.plan.apply(shard.tensor)
             restore_rng(shard.rng)
+        finally:
+            self._release(shard.lease)
         return Restored(
             step=snapshot.step,
             incarnation=snapshot.incarnation,
@@ -224,15 +241,6 @@ def _payload(link: Link, fetched: node_pb2.FetchResponse, layout: SlotLayout) ->
     if at != layout.payload_bytes:
         raise Corrupt(f"slot {fetched.slot}: {at} of {layout.payload_bytes} bytes arrived")
     return payload
-
-
-@contextmanager
-def _released(link: Link, lease: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        with suppress(CkptdError):  # it expires by itself, and a daemon that restarted has forgotten it
-            link.daemon.call("Release", node_pb2.ReleaseRequest(lease=lease), _CALL_S)
 
 
 def _wire(error: CkptdError | None) -> list[str] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ class Snapshot:
     def __init__(self, step: int) -> None:
         self.step = step
         self.skipped: str | None = None
+        self.is_persisted = False
         self.staged: Future[int] = Future()
         self.protected: Future[int] = Future()
         self.durable: Future[int] = Future()
@@ -32,8 +34,7 @@ class Snapshot:
     def fail(self, error: CkptdError) -> None:
         """Every future that is still open ends with ``error``."""
         for future in (self.staged, self.protected, self.durable):
-            if not future.done():
-                future.set_exception(error)
+            end(future, error)
 
     def skip(self, error: CkptdError) -> None:
         self.skipped = str(error)
@@ -53,7 +54,17 @@ class Snapshot:
 
 
 def _succeeded(future: Future[int]) -> bool:
-    return future.done() and future.exception() is None
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def end(future: Future[int], outcome: int | CkptdError) -> None:
+    """Give ``future`` its step or its error, unless it has one: several threads may know the end. Runs the callbacks
+    that users attached, so no lock may be held."""
+    with suppress(InvalidStateError):
+        if isinstance(outcome, CkptdError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,3 +259,15 @@ def test_the_payload_of_a_slot_begins_after_its_header_page(folder: Path) -> Non
     fill(slot)
     assert slot.path.read_bytes()[HEADER_BYTES : HEADER_BYTES + LAYOUT.payload_bytes] == bytes(slot.payload)
     arena.close()
+
+
+def test_what_ended_runs_hold_goes_when_another_run_needs_memory(folder: Path) -> None:
+    arena = opened(folder, memory_bytes=3 * header(1).layout.slot_bytes)
+    held = arena.begin(header(1))
+    fill(held)
+    arena.is_ended = lambda run: run == held.sealed_header.run
+    other = replace(header(1), run="other")
+    first, second = arena.begin(other), arena.begin(replace(other, rank=1))
+    assert held not in arena.slots()
+    assert {first, second} <= set(arena.slots())
+    arena.close()

@@ -20,8 +20,10 @@ from ckptd.errors import (
     NotPersisted,
     RestoreUndecided,
     StepDead,
+    StepRepeated,
 )
 from ckptd_client import Checkpointer, Snapshot
+from ckptd_client.binding import Binding
 from ckptd_client.checkpointer import resolve_run
 
 
@@ -243,3 +245,37 @@ def test_the_run_is_named_by_the_argument_then_ckptd_run_then_torchrun(monkeypat
     assert resolve_run("given") == "given"
     with pytest.raises(InvalidRequest):
         resolve_run("../etc")
+
+
+def test_a_step_is_saved_once_and_never_goes_back(daemon: DaemonProcess) -> None:
+    state = program()
+    train(state)
+    with checkpointer(daemon, state, every=10**9) as ckpt:
+        first = ckpt.save(30)
+        first.wait("staged", 20)
+        assert ckpt.save(30) is first
+        for step in (5, 29):
+            with pytest.raises(StepRepeated, match="comes after step 30"):
+                ckpt.save(step)
+        with pytest.raises(InvalidRequest, match="after a save"):
+            ckpt.restore()
+        ckpt.save(31).wait("staged", 20)
+
+
+def test_a_tensor_that_changes_its_form_under_the_copy_kills_the_step_and_not_the_training(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = program()
+    train(state)
+    with checkpointer(daemon, state, every=10**9) as ckpt:
+        ckpt.save(1).wait("staged", 20)
+        monkeypatch.setattr(Binding, "copy_on_cpu", _no_such_form)
+        lost = ckpt.save(2)
+        train(state)  # the fence meets the error too
+        assert isinstance(lost.staged.exception(20), StepDead)
+        monkeypatch.undo()
+        ckpt.save(3).wait("staged", 20)
+
+
+def _no_such_form(*_: object) -> None:
+    raise ValueError("could not broadcast")
