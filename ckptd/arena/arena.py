@@ -166,6 +166,8 @@ class Arena:
             slot = Slot.make(path, slot_bytes)
         except OSError as error:
             failure = error
+        except Exception as error:  # noqa: BLE001  a thread's boundary: whoever waits for the slot must hear of it
+            failure = OSError(0, f"{type(error).__name__}: {error}")
         with self.lock:
             left = self._making.pop((run, rank), 0) - slot_bytes
             if left > 0:

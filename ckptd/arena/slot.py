@@ -6,17 +6,14 @@ checksummer's threads, or the seal itself) brings it further under the slot's ow
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import itertools
-import mmap
 import os
 import threading
 import time
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +32,7 @@ from ckptd.format.slot import (
     write_mark,
     write_state,
 )
-
-_MADV_POPULATE_READ: Final = 22
-_libc = ctypes.CDLL(None, use_errno=True)
+from ckptd.memory import HUGE_BYTES, collapse, map_file, populate
 
 
 class Slot:
@@ -49,10 +44,10 @@ class Slot:
         self.capacity_bytes = capacity_bytes
         fd = os.open(path, os.O_RDWR)
         try:
-            self._map = mmap.mmap(fd, capacity_bytes)
+            self._bytes = map_file(fd, capacity_bytes)
         finally:
             os.close(fd)
-        self._view = memoryview(self._map)
+        self._view = self._bytes.data
         self.page = self._view[:HEADER_BYTES]
         self.header: SlotHeader | None = None
         self.state = SlotState.FREE
@@ -75,9 +70,9 @@ class Slot:
         finally:
             os.close(fd)
         slot = cls(path, capacity_bytes)
-        address = np.frombuffer(slot._view, np.uint8).ctypes.data
-        # Faults now, off the data path, in one call without the GIL; refusal only costs time later.
-        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(capacity_bytes), _MADV_POPULATE_READ)
+        if capacity_bytes >= HUGE_BYTES:
+            collapse(slot._bytes)
+        populate(slot._bytes)  # faults now, off the data path
         write_state(slot.page, SlotState.FREE)
         return slot
 

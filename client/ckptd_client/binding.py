@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ckptd.format.blocks import BOX_ALIGN_BYTES, HEADER_BYTES, SlotLayout, align
-from ckptd_client.mapping import REGISTERED_PIECE_BYTES, Bytes
+from ckptd.memory import Bytes
+from ckptd_client.mapping import REGISTERED_PIECE_BYTES
 from ckptd_client.plan import Item, Piece, Plan
 from ckptd_client.state import TORCH_DTYPES, Leaf
 from ckptd_client.state.fill import byte_view, is_bytes_copy

@@ -15,8 +15,9 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from ckptd.errors import CkptdError, InvalidRequest
+from ckptd.memory import Bytes
 from ckptd_client.daemon import Daemon
-from ckptd_client.mapping import Bytes, MappedSlot
+from ckptd_client.mapping import MappedSlot
 
 ENV: Final = "CKPTD_HANDOVER"
 MESSAGE_BYTES: Final = 1024 * 1024

@@ -8,25 +8,19 @@ registered with CUDA when the trainer uses it (trap: once, in the background, in
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import logging
-import mmap
 import os
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ckptd.format.blocks import HEADER_BYTES
 from ckptd.format.slot import write_mark
+from ckptd.memory import Bytes, keep_from_forks, map_file, populate
 
-_MADV_POPULATE_READ: Final = 22
 REGISTERED_PIECE_BYTES: Final = 1 << 30
 _REGISTER_PORTABLE: Final = 1  # pinned for every device of this process, not only the current one
-_libc = ctypes.CDLL(None, use_errno=True)
-Bytes = npt.NDArray[np.uint8]
 log = logging.getLogger("ckptd_client")
 
 
@@ -38,10 +32,9 @@ class MappedSlot:
         self.size_bytes = size_bytes
         self._fd = fd
         fcntl.lockf(fd, fcntl.LOCK_SH)
-        self._map = mmap.mmap(fd, size_bytes)
-        self._map.madvise(mmap.MADV_DONTFORK)
-        self.bytes: Bytes = np.frombuffer(self._map, np.uint8)
-        self.page = memoryview(self._map)[:HEADER_BYTES]
+        self.bytes = map_file(fd, size_bytes)
+        keep_from_forks(self.bytes)
+        self.page = self.bytes.data[:HEADER_BYTES]
         self._registered: list[int] = []
         populate(self.bytes)
 
@@ -84,16 +77,9 @@ def _forget_cuda_error() -> None:
 def map_readable(fd: int, size_bytes: int) -> Bytes:
     """A private view of a sealed slot (closes ``fd``): writes to it would never reach the slot."""
     try:
-        mapped = mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY)
+        view = map_file(fd, size_bytes, is_private=True)
     finally:
         os.close(fd)
-    mapped.madvise(mmap.MADV_DONTFORK)
+    keep_from_forks(view)
     # Not populated: it is read once, by several threads, whose page faults run side by side.
-    view: Bytes = np.frombuffer(mapped, np.uint8)
     return view
-
-
-def populate(view: Bytes) -> None:
-    """Fault all pages in with one call that does not hold the GIL; an old kernel's refusal only costs time later."""
-    arguments: tuple[Any, ...] = (ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.nbytes))
-    _libc.madvise(*arguments, _MADV_POPULATE_READ)

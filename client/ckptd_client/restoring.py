@@ -23,13 +23,14 @@ from ckptd.format.blocks import HEADER_BYTES, SlotLayout
 from ckptd.format.index import decode_index
 from ckptd.format.manifest import snapshot_from_json, snapshot_to_json
 from ckptd.format.tree import decode_tree
+from ckptd.memory import Bytes
 from ckptd.model import Box, Segment, SnapshotId
 from ckptd_api.convert import incarnation_to_pb, roster_to_pb, snapshot_from_pb, snapshot_to_pb
 from ckptd_api.v1 import node_pb2
 from ckptd_client.board import Board, wait_for
 from ckptd_client.handover import ENV
 from ckptd_client.link import Link
-from ckptd_client.mapping import Bytes, map_readable
+from ckptd_client.mapping import map_readable
 from ckptd_client.snapshot import Restored
 from ckptd_client.state import TORCH_DECODERS, TORCH_DTYPES, RestorePlan, plan_restore, restore_rng
 
