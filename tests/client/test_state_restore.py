@@ -338,6 +338,14 @@ def test_awkward_tensors_are_filled_in_place(tensor):
     assert bits(live.resolve_conj()) == bits(snapshot.tensors["x"])
 
 
+def test_a_parameter_that_is_a_lazy_conjugate_is_filled_in_place():
+    first, second = nn.Module(), nn.Module()
+    for module in (first, second):
+        module.p = nn.Parameter(torch.randn(3, dtype=torch.complex64).conj())
+    restore({"m": second}, save({"m": first}))
+    assert torch.equal(second.p.detach().resolve_conj(), first.p.detach().resolve_conj())
+
+
 def test_an_expanded_buffer_of_a_module_is_filled_in_place():
     first, second = nn.Module(), nn.Module()
     first.register_buffer("b", torch.ones(3, 1).expand(3, 5))

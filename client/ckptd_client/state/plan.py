@@ -269,7 +269,7 @@ class RestorePlan:
             there, here = describe(saved.global_shape, saved.dtype), describe(place.global_shape, dtype)
             self.problem(f"{name} is {there} in the snapshot but {here} here")
         else:
-            destination = live.detach() if place.is_copy and type(live) is torch.Tensor else place.local
+            destination = live.detach() if place.is_copy and type(live) in (torch.Tensor, nn.Parameter) else place.local
             alias = (region(live), destination.shape, destination.stride())
             if alias[0] is None or alias not in self._aliases:  # tied tensors hold the same bytes: once is enough
                 self._aliases.add(alias)
