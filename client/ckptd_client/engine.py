@@ -17,6 +17,7 @@ import torch
 from ckptd.errors import CkptdError, DaemonUnreachable, InstanceChanged, SlotNotReady, StepDead
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import SlotLayout
+from ckptd.memory import Bytes
 from ckptd_api.v1 import node_pb2, types_pb2
 from ckptd_client.binding import Binding
 from ckptd_client.capture import Capture, Patience
@@ -172,14 +173,14 @@ class CaptureEngine:
             target.abort()
             raise
 
-    def _binding(self, plan: Plan, layout: SlotLayout, key: str, payload: object, capture: Capture) -> Binding:
+    def _binding(self, plan: Plan, layout: SlotLayout, key: str, payload: Bytes, capture: Capture) -> Binding:
         """The plan's views of this memory, made anew when plan, layout or memory changed."""
-        address = payload.ctypes.data  # type: ignore[attr-defined]
+        address = payload.ctypes.data
         for old in [k for k, b in self._bindings.items() if b.plan is not plan]:
             del self._bindings[old]
         binding = self._bindings.get((key, address))
         if binding is None or binding.layout.segment_offsets != layout.segment_offsets:
-            binding = Binding(plan, layout, payload, capture.leaves)  # type: ignore[arg-type]
+            binding = Binding(plan, layout, payload, capture.leaves)
             self._bindings[key, address] = binding
         return binding
 
