@@ -13,6 +13,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import socket
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ckptd.errors import InvalidRequest
+from ckptd.model import Geometry
 
 ENV_PREFIX: Final = "CKPTD_"
 _UNITS: Final = {
@@ -33,7 +35,6 @@ _UNITS: Final = {
     **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)},
 }
 _SUN_PATH_BYTES: Final = 107  # what a Unix socket address holds, without its terminating zero
-_LARGEST_GROUP: Final = 255  # nodes of a parity group: GF(2^8) has no more points
 
 
 # --- values in text -----------------------------------------------------------------------------------------------
@@ -149,9 +150,23 @@ class Settings(BaseSettings):
         (), description="where snapshots become durable: URL[,scope=node|shared][,every=..][,keep=..]; repeatable"
     )
     slots: int = Field(3, ge=2, description="snapshots held for each rank; 2 are enough without protection and tiers")
-    protect_max: str = Field("", description="the most parity a run may ask for, as k+m (not in use yet)")
+    protect_max: str = Field("", description="the most parity a run may ask for, as k+m")
+    protect_rate_bytes: int = Field(
+        0,
+        ge=0,
+        description="the most that this daemon reads from its peers for protection, bytes a second, or with KiB, MiB, "
+        "GiB; 0: no limit",
+    )
+    protect_deadline_s: float = Field(
+        30.0, gt=0, description="protection is given up when nothing came from a peer for so long, seconds"
+    )
+    peer_silence_s: float = Field(
+        5.0, gt=0, description="a stream from a peer without a message so long is cut, seconds"
+    )
     domains: tuple[str, ...] = Field(
-        (), description="failure domain of this node, KEY=VALUE; repeatable (not in use yet)"
+        (),
+        description="failure domain of this node, KEY=VALUE; repeatable. Members of a parity group are spread over the "
+        "values of a key, but kept within one value of `nic`",
     )
     allow_group: str | None = Field(None, description="group whose members may use runs of other users")
     tls_cert: Path | None = Field(None, description="certificate of this daemon, PEM; with --tls-key and --tls-ca")
@@ -186,15 +201,15 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return tuple(value.split()) if isinstance(value, str) else value
 
-    @field_validator("memory_bytes", mode="before")
+    @field_validator("memory_bytes", "protect_rate_bytes", mode="before")
     @classmethod
-    def _size(cls, value: Any) -> Any:
+    def _size(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, str):
             return value
         try:
             return parse_size(value)
         except InvalidRequest as error:
-            raise InvalidRequest(f"--memory: {error.message}", error.hint) from error
+            raise InvalidRequest(f"{flag_of(info.field_name or '')}: {error.message}", error.hint) from error
 
     @field_validator("socket", mode="before")
     @classmethod
@@ -229,13 +244,10 @@ class Settings(BaseSettings):
     @field_validator("protect_max")
     @classmethod
     def _geometry(cls, value: str) -> str:
-        match = re.fullmatch(r"(\d+)\+(\d+)", value)
-        if value and (match is None or int(match[1]) < 1 or not 1 <= int(match[2]) <= _LARGEST_GROUP - int(match[1])):
-            raise InvalidRequest(
-                f"--protect-max: {value!r} is not k+m",
-                f"for example 6+2; k and m from 1, their sum at most {_LARGEST_GROUP}",
-            )
-        return value
+        try:
+            return str(Geometry.parse(value)) if value else value
+        except InvalidRequest as error:
+            raise InvalidRequest(f"--protect-max: {error.message}", error.hint) from error
 
     @field_validator("allow_group")
     @classmethod
@@ -285,6 +297,14 @@ class Settings(BaseSettings):
                 "give --tls-cert, --tls-key and --tls-ca" + ("; or --insecure, as it is loopback" if is_local else ""),
             )
         return self
+
+    @property
+    def peer_address(self) -> str:
+        """HOST:PORT at which peers reach this daemon; "": they cannot."""
+        if self.advertise or not self.listen:
+            return self.advertise or ""
+        host, port = parse_host_port(self.listen)
+        return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else self.listen  # noqa: S104  compared
 
 
 class _Given(PydanticBaseSettingsSource):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -193,6 +193,30 @@ class ShardIndex:
         return tuple(result)
 
 
+# --- protection ---------------------------------------------------------------------------------------------------
+LARGEST_GROUP: Final = 255  # nodes of a parity group: GF(2^8) has no more points
+
+
+class Geometry(NamedTuple):
+    """k data and m parity fragments in a stripe: any m of the k + m may be lost."""
+
+    k: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.k}+{self.m}"
+
+    @classmethod
+    def parse(cls, text: str) -> Geometry:
+        """The inverse of ``str``; InvalidRequest on anything else, and beyond ``LARGEST_GROUP``."""
+        match = re.fullmatch(r"(\d+)\+(\d+)", text)
+        if match is None or int(match[1]) < 1 or not 1 <= int(match[2]) <= LARGEST_GROUP - int(match[1]):
+            raise InvalidRequest(
+                f"{text!r} is not k+m", f"for example 6+2; k and m from 1, their sum at most {LARGEST_GROUP}"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+
 # --- roster -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class RosterEntry:
@@ -208,14 +232,19 @@ class RosterEntry:
     estimated_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Roster:
-    """Who takes part in an incarnation: one entry a rank, ordered by rank. Placement is a pure function of it."""
+    """Who takes part in an incarnation: one entry a rank, ordered by rank. Placement is a pure function of it.
+
+    ``protect`` is the wished geometry: "k+m", "auto" or "off". ``from_step`` is the first step of this version.
+    """
 
     version: int
     incarnation_id: int
     block_bytes: int
     entries: tuple[RosterEntry, ...]
+    protect: str = "off"
+    from_step: int = 0
 
     @property
     def world_size(self) -> int:
@@ -228,6 +257,16 @@ class Roster:
 
     def ranks_of(self, node_id: str) -> tuple[int, ...]:
         return tuple(entry.rank for entry in self.entries if entry.node_id == node_id)
+
+    @cached_property
+    def nodes(self) -> Mapping[str, RosterEntry]:
+        """The entry of the lowest rank of each node, by node_id, in the order of those ranks; ranks without a daemon
+        are on no node."""
+        nodes: dict[str, RosterEntry] = {}
+        for entry in self.entries:
+            if entry.node_id:
+                nodes.setdefault(entry.node_id, entry)
+        return nodes
 
 
 # --- schedule -----------------------------------------------------------------------------------------------------
