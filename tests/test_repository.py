@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from crc32c import crc32c
 
 from ckptd.errors import CkptdError
 from ckptd.format.blocks import SlotLayout
+from ckptd.format.image import GroupRecord, ImageRecord
+from ckptd.format.parity import ParityHeader
+from ckptd.format.parity import encode_header as encode_parity_header
 from ckptd.format.slot import MARK_OFFSET, STATE_OFFSET, SlotHeader, SlotState, encode_header
-from ckptd.model import DTYPES, Incarnation, Segment, SnapshotId
+from ckptd.model import DTYPES, Geometry, Incarnation, Segment, SnapshotId
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -132,6 +136,18 @@ def test_the_slot_header_lies_where_the_document_says() -> None:
     assert [int(row[0]) for row in words] == [STATE_OFFSET, MARK_OFFSET]
     states = rows_of("FORMAT.md", "| 3136 ")
     assert {row[0]: int(row[1], 16) for row in states} == {state.name: int(state) for state in SlotState}
+
+
+def test_the_parity_header_lies_where_the_document_says() -> None:
+    rows = rows_of("FORMAT.md", "## Parity file")
+    images = (ImageRecord(()),) * 5
+    group = GroupRecord("gpt", SnapshotId(Incarnation(7, 0xC0FFEE), 1200), Geometry(3, 2), 1 << 16, images)
+    header = ParityHeader(group, stripe=4, row=1, piece_blocks=9)
+    encoded = encode_parity_header(header, 0xABCD)
+    found = [struct.unpack_from(f"<{kind}", encoded, int(offset))[0] for offset, kind, _ in rows]
+    fields = [b"CKPTPRTY", 1, b"gpt".ljust(128, b"\0"), 7, 0xC0FFEE, 1200, 4, 1, 1 << 16, 9]
+    crc = crc32c(encoded[:196] + (0xABCD).to_bytes(4, "little"))
+    assert found == [*fields, len(header.record), crc32c(header.record), crc, 0xABCD]
 
 
 def test_the_dtype_codes_are_those_of_the_document() -> None:

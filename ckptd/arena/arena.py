@@ -1,9 +1,9 @@
-"""The arena: all slots of a node, within a budget, in one locked folder of shared memory.
+"""The arena: all slots and parity of a node, within a budget, in one locked folder of shared memory.
 
-Decisions (what may be reused) come from ``recycle``; bytes from ``slot``. Invariants, checked by ``check_invariants``:
-allocated bytes never exceed the budget once something new is made; no kept or leased slot is handed out; every known
-slot has its file. Slots of some size are made by one background thread, because the first touch of shared memory
-runs at a few GB/s.
+Decisions come from ``recycle`` (what may be reused) and ``room`` (what goes); bytes from ``slot`` and ``parity``.
+Invariants, checked by ``check_invariants``: allocated bytes never exceed the budget once something new is made; no kept
+or leased slot is handed out; every known slot has its file. Slots of some size are made by one background thread,
+because the first touch of shared memory runs at a few GB/s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,10 @@ from typing import Final
 
 from ckptd.arena.budget import check_budget, read_memory_facts
 from ckptd.arena.checksum import Checksummer
+from ckptd.arena.parity import SUFFIX as PARITY_SUFFIX
+from ckptd.arena.parity import ParityFile, ParityStore
 from ckptd.arena.recycle import UNDECIDED, RunMarks, why_kept
+from ckptd.arena.room import Holding, Order, to_drop
 from ckptd.arena.slot import Slot
 from ckptd.errors import ArenaLocked, BudgetRefused, Corrupt, FormatTooNew, InvalidRequest, NoSlot, SlotNotReady
 from ckptd.files import sweep_temporaries
@@ -57,6 +60,7 @@ class Arena:
         self.checksummer = Checksummer()
         self.problems: list[str] = []
         self.lock = threading.RLock()
+        self.parity = ParityStore(self)
         self._slots: dict[str, Slot] = {}
         self._owner: dict[str, tuple[str, int]] = {}  # slot id -> run, rank
         self._making: dict[tuple[str, int], int] = {}
@@ -72,7 +76,7 @@ class Arena:
     def open(self) -> None:
         """Lock the folder, check the budget, adopt what a daemon before this one left; ArenaLocked, BudgetRefused.
 
-        A daemon with slots to adopt never refuses: it adopts, makes no new slots, and says so in ``problems``.
+        A daemon with slots or parity to adopt never refuses: it adopts, makes nothing new, and says so in ``problems``.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -84,12 +88,13 @@ class Arena:
         try:
             check_budget(self.memory_bytes, read_memory_facts(self.folder), self.folder)
         except BudgetRefused as error:
-            if not any(self.folder.glob(f"*{_SUFFIX}")):
+            if not any(path.suffix in (_SUFFIX, PARITY_SUFFIX) for path in self.folder.iterdir()):
                 raise
             self._may_grow = False
-            self.problems.append(f"no new slots: {error.message}")
+            self.problems.append(f"no new slots or parity: {error.message}")
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             self._adopt(path)
+        self.parity.open()
 
     def _adopt(self, path: Path) -> None:
         """Keep a sealed slot whose checksums hold, a slot a client still writes, and free files; drop the rest."""
@@ -123,7 +128,8 @@ class Arena:
     @property
     def used_bytes(self) -> int:
         with self.lock:
-            return sum(s.capacity_bytes for s in self._slots.values()) + sum(self._making.values())
+            slots = sum(s.capacity_bytes for s in self._slots.values()) + sum(self._making.values())
+            return slots + self.parity.used_bytes
 
     def slots(self) -> list[Slot]:
         with self.lock:
@@ -179,38 +185,47 @@ class Arena:
                 self._failed[run, rank] = failure
 
     def _make_room(self, run: str, rank: int, slot_bytes: int) -> None:
-        """Drop slots until ``slot_bytes`` more fit the budget: too small ones of this rank, then free ones of ended
-        runs, then any free one, then what ended runs still hold; NoSlot when that is not enough."""
-        if not self._may_grow:
-            raise NoSlot(
-                "no new slots: the budget exceeds what this machine has", "restart the daemon with less --memory"
-            )
+        """Room for a slot, by what ``Order`` says; too small ones of its rank then go in any case."""
         if slot_bytes > self.memory_bytes:
             raise NoSlot(
                 f"rank {rank} needs a slot of {slot_bytes} bytes but the daemon has {self.memory_bytes} in all",
                 f"serve with --memory of at least {self.slots_per_rank} such slots a rank",
             )
+        holdings: list[Holding[Slot | ParityFile]] = [*self.droppable_slots((run, rank))]
+        self.make_room(slot_bytes, f"{slot_bytes}", [*holdings, *self.parity.droppable_for_slots()])
+        for slot in self.slots_of(run, rank):
+            if self.why_kept(slot) is None and slot.capacity_bytes < slot_bytes:
+                self._remove(slot)
 
-        def preference(slot: Slot) -> tuple[int, int]:
+    def droppable_slots(self, own: tuple[str, int] | None = None) -> Iterator[Holding[Slot]]:
+        """Slots that may go when something needs room, for ``own`` (run, rank) or not for a rank: free ones, and what
+        ended runs hold unless it is leased."""
+        for slot in self._slots.values():
             owner = self._owner[slot.id]
-            if self.why_kept(slot) is not None:
-                return 3, slot.capacity_bytes
-            return (0 if owner == (run, rank) else 1 if self.is_ended(owner[0]) else 2, slot.capacity_bytes)
+            is_ended = self.is_ended(owner[0])
+            if self.why_kept(slot) is None:
+                order = Order.OWN if owner == own else Order.FREE_OF_ENDED_RUN if is_ended else Order.FREE_SLOT
+                yield Holding(order, slot.capacity_bytes, slot)
+            elif is_ended and not slot.leases:
+                yield Holding(Order.HELD_BY_ENDED_RUN, slot.capacity_bytes, slot)
 
-        def may_go(slot: Slot) -> bool:
-            return self.why_kept(slot) is None or (self.is_ended(self._owner[slot.id][0]) and not slot.leases)
-
-        free = sorted(filter(may_go, self._slots.values()), key=preference)
-        for slot in free:
-            too_small = self._owner[slot.id] == (run, rank) and slot.capacity_bytes < slot_bytes
-            if not too_small and self.used_bytes + slot_bytes <= self.memory_bytes:
-                break
-            self._remove(slot)
-        if self.used_bytes + slot_bytes > self.memory_bytes:
+    def make_room(self, needed_bytes: int, what: str, holdings: Iterable[Holding[Slot | ParityFile]]) -> None:
+        """Drop of ``holdings`` what it takes until ``needed_bytes`` more fit the budget; NoSlot, and nothing is
+        dropped, when that is not enough."""
+        if not self._may_grow:
             raise NoSlot(
-                f"memory is full: {self.used_bytes} of {self.memory_bytes} bytes used, {slot_bytes} more needed",
+                "no new slots or parity: the budget exceeds what this machine has",
+                "restart the daemon with less --memory",
+            )
+        used = self.used_bytes
+        dropped = to_drop(holdings, used + needed_bytes - self.memory_bytes)
+        if dropped is None:
+            raise NoSlot(
+                f"memory is full: {used} of {self.memory_bytes} bytes used, {what} more needed",
                 f"serve with more --memory: {self.slots_per_rank} slots a rank are wanted",
             )
+        for item in dropped:
+            self._remove(item) if isinstance(item, Slot) else self.parity.remove(item)
 
     # --- begin, seal, free ---------------------------------------------------------------------------------------
     def why_kept(self, slot: Slot) -> str | None:
@@ -279,8 +294,9 @@ class Arena:
                 slot.free()
 
     def remove_run(self, run: str) -> None:
-        """Drop every slot of a run that is not leased."""
+        """Drop every slot and all parity of a run that is not leased."""
         with self.lock:
+            self.parity.remove_run(run)
             for slot in self.slots_of(run):
                 if not slot.leases:
                     self._remove(slot)
@@ -361,4 +377,5 @@ class Arena:
             files = {path.name for path in self.folder.glob(f"*{_SUFFIX}")}
             assert set(self._slots) <= files, "a known slot has no file"
             assert self._slots.keys() == self._owner.keys(), "slots and owners differ"
+            self.parity.check_invariants()
             assert all(lease.id in lease.slot.leases for lease in self._leases.values()), "a lease is not on its slot"

@@ -97,4 +97,11 @@ def _roster_from_json(value: dict[str, Any]) -> Roster:
     entries = tuple(
         RosterEntry(**{**entry, "domains": tuple((k, v) for k, v in entry["domains"])}) for entry in value["entries"]
     )
-    return Roster(value["version"], value["incarnation_id"], value["block_bytes"], entries)
+    return Roster(
+        value["version"],
+        value["incarnation_id"],
+        value["block_bytes"],
+        entries,
+        value.get("protect", "off"),
+        value.get("from_step", 0),
+    )

@@ -123,8 +123,9 @@ class Slot:
             self._checksummed = last
             return True
 
-    def seal(self, index_crc: int) -> SlotHeader:
-        """Checksum the rest, write the table's digest, flip WRITING to SEALED last. Idempotent.
+    def seal(self, index_crc: int, sealed_at_s: float | None = None) -> SlotHeader:
+        """Checksum the rest, write the table's digest, flip WRITING to SEALED last. Idempotent. ``sealed_at_s`` (Unix
+        time) is now, unless the slot is a copy of one that was sealed elsewhere.
 
         Corrupt when the payload is not complete or the index is not the one the writer meant; the slot stays WRITING.
         """
@@ -145,7 +146,7 @@ class Slot:
             if found != index_crc:
                 raise Corrupt(f"{self.id}: index does not match the writer's CRC-32C")
             failpoint("seal.before_table")
-            self.header = replace(header, index_crc=index_crc, sealed_at_s=time.time())
+            self.header = replace(header, index_crc=index_crc, sealed_at_s=sealed_at_s or time.time())
             self._write_header(digest(self.table))
             failpoint("seal.before_flip")
             write_state(self.page, SlotState.SEALED)
