@@ -97,6 +97,14 @@ class DaemonUnreachable(CkptdError):
     default_hint = "start one with `ckptd serve`, or name its socket with --socket or CKPTD_DAEMON"
 
 
+class CoordinatorUnreachable(CkptdError):
+    """The daemon of rank 0 does not answer: until it does, due steps are skipped."""
+
+    grpc_code = "UNAVAILABLE"
+    is_retryable = True
+    default_hint = "`ckptd status` on the node of rank 0; training goes on"
+
+
 # --- memory -------------------------------------------------------------------------------------------------------
 class BudgetRefused(CkptdError):
     """The memory asked for does not fit this machine."""
@@ -173,11 +181,19 @@ class StepRepeated(StepDead):
 
 
 class Superseded(CkptdError):
+    """The step was passed over: a newer one was staged before protection was free."""
+
     grpc_code = "ABORTED"
 
 
 class NoProtection(CkptdError):
     grpc_code = "FAILED_PRECONDITION"
+
+
+class ProtectFailed(CkptdError):
+    """The parity of a step could not be made everywhere; what was protected before is protected still."""
+
+    grpc_code = "DATA_LOSS"
 
 
 class NoTier(CkptdError):

@@ -35,7 +35,7 @@ class Metrics:
             "ckptd_stall_seconds", "Time one snapshot blocked the training loop of a rank.", ["run"], _STALL_BUCKETS
         )
         self.snapshot_step = self._gauge(
-            "ckptd_snapshot_step", "Newest step at a level: staged or durable.", ["run", "level"]
+            "ckptd_snapshot_step", "Newest step at a level: staged, protected or durable.", ["run", "level"]
         )
         self.snapshot_timestamp_seconds = self._gauge(
             "ckptd_snapshot_timestamp_seconds",
@@ -44,8 +44,24 @@ class Metrics:
         )
         self.bytes_total = self._counter(
             "ckptd_bytes",
-            "Payload bytes moved, by direction: captured (into slots), drained (to tiers), restored, verified.",
+            "Payload bytes moved, by direction: captured (into slots), protected (pulled to encode parity), served (to "
+            "peers), drained (to tiers), restored, verified.",
             ["run", "direction"],
+        )
+        self.losses_tolerated = self._gauge(
+            "ckptd_losses_tolerated",
+            "Nodes that may still be lost, whichever they are, with the newest protected snapshot whole; negative: it "
+            "is not whole now.",
+            ["run"],
+        )
+        self.protect_seconds = self._histogram(
+            "ckptd_protect_seconds", "Time to make this node's parity of one snapshot.", ["run"], _BULK_BUCKETS
+        )
+        self.protect_retries_total = self._counter(
+            "ckptd_protect_retries", "Pulls for protection that failed and were tried again.", ["run"]
+        )
+        self.repaired_total = self._counter(
+            "ckptd_repaired", "Corrupt copies in memory that were made again from others, by kind.", ["run", "kind"]
         )
         self.drain_seconds = self._histogram(
             "ckptd_drain_seconds", "Time to write one rank's shard to a tier.", ["run"], _BULK_BUCKETS
@@ -76,7 +92,7 @@ class Metrics:
         )
         self.restore_seconds = self._histogram(
             "ckptd_restore_seconds",
-            "Time to bring one rank's shard into memory and check it, by source: memory or tier.",
+            "Time to bring one rank's shard into memory and check it, by source: memory, peer, reconstruction, tier.",
             ["run", "source"],
             _BULK_BUCKETS,
         )

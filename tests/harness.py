@@ -51,6 +51,7 @@ class DaemonProcess(Signalled):
         failpoints: str = "",
         env: Mapping[str, str] | None = None,
         http: bool = False,
+        listen: bool = False,
         wait: bool = True,
         prefix: Sequence[str] = (),
     ) -> None:
@@ -67,6 +68,8 @@ class DaemonProcess(Signalled):
         self._command: list[str] = ["serve", "--socket", str(self.socket), "--arena", str(self.arena)]
         self._command += ["--memory", memory, "--slots", str(slots), *map(str, flags)]
         self._command += ["--http", self.http] if self.http else []
+        self.listen = f"127.0.0.1:{free_port()}" if listen else ""
+        self._command += ["--listen", self.listen, "--insecure"] if self.listen else []
         for tier in self.tiers:
             self._command += ["--tier", tier]
         self.process: subprocess.Popen[bytes] | None = None
@@ -172,7 +175,7 @@ class DaemonProcess(Signalled):
         return max(mine, key=lambda r: int(r["incarnation"].split("-")[0]), default={})
 
     def watermark(self, run: str, level: str) -> int | None:
-        """The newest step of the newest incarnation that is "staged" or "durable"."""
+        """The newest step of the newest incarnation that is "staged", "protected" or "durable"."""
         marks = self.run_status(run).get("watermarks")
         return None if marks is None else marks[level]
 

@@ -12,7 +12,7 @@ import os
 import socket as sockets
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -22,7 +22,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it when imported;
 import grpc
 
 from ckptd.config import fd_socket_path, find_socket, parse_host_port
-from ckptd.errors import CkptdError, DaemonUnreachable, InvalidRequest, NotPermitted, error_from_wire
+from ckptd.errors import DaemonUnreachable, InvalidRequest, NotPermitted, error_from_wire
+from ckptd_api.status import error_from_rpc
 from ckptd_api.v1 import node_pb2, node_pb2_grpc, operator_pb2_grpc
 
 DEADLINE_S: Final = 10.0
@@ -56,7 +57,7 @@ class Daemon:
         try:
             return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _rebuilt(error, self.where, timeout_s) from error
+            raise error_from_rpc(error, self.where) from error
 
     def stream(
         self,
@@ -88,7 +89,7 @@ class Daemon:
         except grpc.RpcError as error:
             if silent.is_set():
                 raise DaemonUnreachable(f"the daemon at {self.where} said nothing for {idle_s:g} s") from error
-            raise _rebuilt(error, self.where, idle_s) from error
+            raise error_from_rpc(error, self.where) from error
         finally:
             call.cancel()
 
@@ -110,7 +111,7 @@ def connect(daemon: str | None) -> Iterator[Daemon]:
                 node_pb2.OpenSessionRequest(), timeout=DEADLINE_S
             )
         except grpc.RpcError as error:
-            raise _rebuilt(error, named, DEADLINE_S) from error
+            raise error_from_rpc(error, named) from error
         yield Daemon(channel, named, session.token)
 
 
@@ -180,24 +181,3 @@ def _receive(connection: sockets.socket, size_bytes: int) -> bytes:
             raise ConnectionResetError("connection closed by the daemon")
         data += part
     return data
-
-
-def _rebuilt(error: grpc.RpcError, where: str, timeout_s: float) -> CkptdError:
-    """The daemon's own error by the name it sent, else what the transport's code means to an operator."""
-    trailers = _trailers(error.trailing_metadata() if isinstance(error, grpc.Call) else None)
-    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-    details = (error.details() if isinstance(error, grpc.Call) else str(error)) or ""
-    if "ckptd-error" in trailers:
-        hint = trailers.get("ckptd-hint-bin", b"").decode("utf-8", "replace")
-        return error_from_wire(trailers["ckptd-error"].decode(), details, hint)
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return DaemonUnreachable(f"no daemon answers at {where}: {details}")
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DaemonUnreachable(f"the daemon at {where} did not answer within {timeout_s:g} s")
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        return CkptdError(f"the daemon at {where} does not know this call", "`ckptd doctor` compares versions")
-    return CkptdError(f"{code.name}: {details}")
-
-
-def _trailers(metadata: Sequence[tuple[str, str | bytes]] | None) -> dict[str, bytes]:
-    return {key: value.encode() if isinstance(value, str) else value for key, value in metadata or ()}

@@ -29,6 +29,7 @@ class Outcome:
 @dataclass(slots=True)
 class _Step:
     first_begin_s: float
+    roster_version: int
     sealed: set[int] = field(default_factory=set)
     is_persisted: bool = False
 
@@ -52,18 +53,20 @@ class Ledger:
     _forgotten: int = -1  # the newest dead step whose outcome is no longer remembered: up to it all is settled
 
     # --- events --------------------------------------------------------------------------------------------------
-    def begun(self, rank: int, step: int, now_s: float) -> None:
-        """``rank`` has begun to copy ``step``."""
+    def begun(self, rank: int, step: int, now_s: float, roster_version: int = 1) -> None:
+        """``rank`` has begun to copy ``step``, placed by that version of the roster."""
         if not self._is_settled(step):
-            self._open.setdefault(step, _Step(now_s))
+            self._open_step(rank, step, now_s, roster_version)
             self._pass_over(rank, step)
 
-    def sealed(self, rank: int, step: int, is_persisted: bool, now_s: float) -> None:
+    def sealed(self, rank: int, step: int, is_persisted: bool, now_s: float, roster_version: int = 1) -> None:
         """``rank``'s shard of ``step`` is sealed."""
         self._pass_over(rank, step)
         if self._is_settled(step):
             return
-        entry = self._open.setdefault(step, _Step(now_s))
+        entry = self._open_step(rank, step, now_s, roster_version)
+        if entry is None:
+            return
         entry.sealed.add(rank)
         entry.is_persisted |= is_persisted
         late = [r for r, reported in self._reported.items() if reported > step and r not in entry.sealed]
@@ -122,6 +125,15 @@ class Ledger:
         assert len(self.not_durable) <= _REMEMBERED
 
     # --- inside --------------------------------------------------------------------------------------------------
+    def _open_step(self, rank: int, step: int, now_s: float, roster_version: int) -> _Step | None:
+        """The entry of ``step``; None when it died of this: one snapshot never mixes two rosters."""
+        entry = self._open.setdefault(step, _Step(now_s, roster_version))
+        if entry.roster_version == roster_version:
+            return entry
+        versions = f"version {roster_version} of the roster, another rank with {entry.roster_version}"
+        self.died(step, Outcome("StepDead", f"rank {rank} began it with {versions}"))
+        return None
+
     def _is_settled(self, step: int) -> bool:
         return step in self.dead or step <= self._forgotten or (self.staged is not None and step <= self.staged)
 

@@ -1,18 +1,23 @@
-"""Bring one rank's shard of a snapshot into a sealed, checked and leased slot, from memory or from a tier."""
+"""Bring one rank's shard of a snapshot into a sealed, checked and leased slot: from this node's memory, from that of
+its peers, or from a tier."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 from crc32c import crc32c
 
 from ckptd.arena.arena import Arena, Lease
-from ckptd.errors import Corrupt, RestoreFailed, SlotNotReady, StateMismatch, UnknownStep
+from ckptd.erasure.holdings import Holder
+from ckptd.errors import CkptdError, Corrupt, RestoreFailed, SlotNotReady, StateMismatch, UnknownStep
 from ckptd.failpoints import failpoint
 from ckptd.format.manifest import Manifest
 from ckptd.format.slot import SlotHeader, write_mark
+from ckptd.memory import Bytes
 from ckptd.model import SnapshotId
 from ckptd.restore.inventory import MEMORY
 from ckptd.tiers.tier import Tier
@@ -20,26 +25,68 @@ from ckptd.tiers.tier import Tier
 SLOT_DEADLINE_S = 120.0
 
 OnCorrupt = Callable[[str, str, str], None]
+Locate = Callable[[], Sequence[Holder]]
+
+
+class Target(Protocol):
+    """Where peers put a shard. ``begin`` gives the payload to fill, from its start on; a second ``begin`` takes the
+    first back. ``progressed`` says how many bytes of it are there. ``seal`` takes the CRC of every block as it must be,
+    and raises Corrupt when the payload is not that."""
+
+    def begin(self, header: SlotHeader) -> Bytes: ...
+
+    def progressed(self, written_bytes: int) -> None: ...
+
+    def seal(self, table: npt.NDArray[np.uint32]) -> None: ...
+
+
+class PeerSource(Protocol):
+    """The memory of other nodes. ``rebuild`` fills and seals ``target`` and names the source; UnknownStep when no peer
+    holds anything of it, RestoreFailed when what they hold will not do."""
+
+    def rebuild(self, run: str, snapshot: SnapshotId, rank: int, holders: Sequence[Holder], target: Target) -> str: ...
 
 
 class Fetcher:
     """``on_corrupt(run, place, problem)`` hears of every copy set aside; place is "memory" or a tier's URL."""
 
-    def __init__(self, arena: Arena, tiers: Sequence[Tier], on_corrupt: OnCorrupt) -> None:
+    def __init__(self, arena: Arena, tiers: Sequence[Tier], peers: PeerSource, on_corrupt: OnCorrupt) -> None:
         self._arena = arena
         self._tiers = tiers
+        self._peers = peers
         self._on_corrupt = on_corrupt
 
     def fetch(
-        self, run: str, snapshot: SnapshotId, rank: int, world_size: int, source: str, uid: int, holder: str
+        self,
+        run: str,
+        snapshot: SnapshotId,
+        rank: int,
+        world_size: int,
+        source: str,
+        uid: int,
+        holder: str,
+        locate: Locate,
     ) -> tuple[Lease, str]:
         """(lease of the slot, the source that served). A source that fails its checksums is set aside and the next
-        serves; Corrupt or RestoreFailed when none is left, naming what was wrong with each."""
+        serves; Corrupt or RestoreFailed when none is left, naming what was wrong with each. ``locate`` asks who holds
+        what of the snapshot, once this node's own memory cannot serve."""
         problems: list[str] = []
         if source in ("", MEMORY):
             lease = self._from_memory(run, snapshot, rank, world_size, holder, problems)
             if lease:
                 return lease, MEMORY
+            filling = _Filling(self, run, snapshot, rank, holder)
+            try:
+                place = self._peers.rebuild(run, snapshot, rank, locate(), filling)
+                _check_world(snapshot, filling.leased.slot.sealed_header.world_size, world_size)
+                return filling.leased, place
+            except UnknownStep:
+                pass  # no peer has it
+            except CkptdError as error:
+                filling.abandon()
+                if isinstance(error, StateMismatch):
+                    raise
+                problems.append(error.message)
         for tier in self._tiers:
             if source not in ("", tier.spec.url):
                 continue
@@ -89,15 +136,22 @@ class Fetcher:
             sealed_at_s=0.0,
             layout=tier.layout_of(manifest, rank),
         )
-        lease = self._begin(header, holder)
-        slot = lease.slot
+        lease = self.begin(header, holder)
         try:
             self._fill(tier, manifest, lease)
         except BaseException:
-            self._arena.release(lease.id)
-            self._arena.free(slot)
+            self.give_back(lease)
             raise
         return lease
+
+    def give_back(self, lease: Lease) -> None:
+        """Free a slot that was begun and will not be filled."""
+        self._arena.release(lease.id)
+        self._arena.free(lease.slot)
+
+    def renew(self, lease: Lease) -> None:
+        """The slot is still being filled."""
+        self._arena.leased(lease.id)
 
     def _fill(self, tier: Tier, manifest: Manifest, lease: Lease) -> None:
         slot = lease.slot
@@ -113,7 +167,8 @@ class Fetcher:
         if not np.array_equal(slot.table, table):
             raise Corrupt(f"{slot.id}: memory does not hold what was read from {tier.spec.url}")
 
-    def _begin(self, header: SlotHeader, holder: str) -> Lease:
+    def begin(self, header: SlotHeader, holder: str) -> Lease:
+        """A slot for ``header``, leased: nobody may take it before it is filled."""
         deadline = time.monotonic() + SLOT_DEADLINE_S
         while True:
             try:
@@ -123,6 +178,46 @@ class Fetcher:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
+
+
+class _Filling:
+    """The slot that peers fill: a Target."""
+
+    def __init__(self, fetcher: Fetcher, run: str, snapshot: SnapshotId, rank: int, holder: str) -> None:
+        self._fetcher = fetcher
+        self._what = (run, snapshot, rank)
+        self._holder = holder
+        self._lease: Lease | None = None
+
+    @property
+    def leased(self) -> Lease:
+        assert self._lease is not None
+        return self._lease
+
+    def begin(self, header: SlotHeader) -> Bytes:
+        if (header.run, header.snapshot, header.rank) != self._what:
+            raise Corrupt(f"rank {header.rank} of {header.snapshot} was offered for rank {self._what[2]}")
+        self.abandon()
+        # The header as it was sealed: so the record of its image, and the parity that names it, stay what they are.
+        self._lease = self._fetcher.begin(header, self._holder)
+        return np.frombuffer(self._lease.slot.payload, np.uint8)
+
+    def progressed(self, written_bytes: int) -> None:
+        self._fetcher.renew(self.leased)
+        write_mark(self.leased.slot.page, written_bytes)
+
+    def seal(self, table: npt.NDArray[np.uint32]) -> None:
+        slot = self.leased.slot
+        failpoint("restore.after_read")
+        write_mark(slot.page, slot.sealed_header.layout.payload_bytes)
+        slot.seal(crc32c(slot.index), slot.sealed_header.sealed_at_s)
+        if not np.array_equal(slot.table, table):
+            raise Corrupt(f"{slot.id}: memory does not hold what peers sent, or they sent what was not sealed")
+
+    def abandon(self) -> None:
+        if self._lease is not None:
+            self._fetcher.give_back(self._lease)
+            self._lease = None
 
 
 def _check_world(snapshot: SnapshotId, saved: int, wanted: int) -> None:

@@ -1,12 +1,12 @@
-"""What exists of a run on this node: complete snapshots in memory and in the tiers, and the known incarnations."""
+"""What exists of a run: complete snapshots in the memory of its nodes and in the tiers, and the known incarnations."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from ckptd.arena.arena import Arena
-from ckptd.arena.records import IncarnationRecord, RunRecord, incarnation_from_json, incarnation_to_json
+from ckptd.arena.records import IncarnationRecord, incarnation_from_json, incarnation_to_json
+from ckptd.erasure.holdings import Holder, lost_ranks, world_sizes
 from ckptd.errors import CkptdError, CommitConflict, Corrupt, FormatTooNew, RestoreUndecided, TierFailed
 from ckptd.model import Incarnation, SnapshotId
 from ckptd.restore.candidates import Ancestor, Available
@@ -15,20 +15,12 @@ from ckptd.tiers.tier import Tier
 MEMORY = "memory"
 
 
-def in_memory(arena: Arena, run: str) -> dict[SnapshotId, tuple[int, set[int]]]:
-    """Per snapshot with sealed slots here: (world size, ranks held)."""
-    held: dict[SnapshotId, tuple[int, set[int]]] = {}
-    for slot in arena.sealed(run):
-        if header := slot.header:
-            held.setdefault(header.snapshot, (header.world_size, set()))[1].add(header.rank)
-    return held
-
-
-def available(arena: Arena, tiers: Sequence[Tier], run: str) -> list[Available]:
-    """Every complete snapshot of ``run``; RestoreUndecided when a tier does not answer, or holds what is too new."""
+def available(holders: Sequence[Holder], tiers: Sequence[Tier], run: str) -> list[Available]:
+    """Every complete snapshot of ``run``, in the memory of all ``holders`` together or in a tier; RestoreUndecided when
+    a tier does not answer, or holds what is too new."""
     found: dict[SnapshotId, tuple[int, list[str]]] = {}
-    for snapshot, (world_size, ranks) in in_memory(arena, run).items():
-        if len(ranks) == world_size:
+    for snapshot, world_size in world_sizes(holders).items():
+        if not lost_ranks(holders, snapshot, world_size):
             found[snapshot] = (world_size, [MEMORY])
     for tier in tiers:
         try:
@@ -54,8 +46,10 @@ def _world_size(tier: Tier, run: str, snapshot: SnapshotId) -> int | None:
         raise RestoreUndecided(f"tier {tier.spec.url} did not answer: {error.message}") from error
 
 
-def incarnations(record: RunRecord | None, tiers: Iterable[Tier], run: str) -> dict[Incarnation, Ancestor]:
-    """Every incarnation that this node or a tier recorded, and those named by checkpoints; RestoreUndecided."""
+def incarnations(
+    records: Mapping[Incarnation, IncarnationRecord], tiers: Iterable[Tier], run: str
+) -> dict[Incarnation, Ancestor]:
+    """Every incarnation that a daemon or a tier recorded, and those named by checkpoints; RestoreUndecided."""
     known: dict[Incarnation, Ancestor] = {}
     for tier in tiers:
         try:
@@ -66,9 +60,46 @@ def incarnations(record: RunRecord | None, tiers: Iterable[Tier], run: str) -> d
                 known.setdefault(item.snapshot.incarnation, Ancestor(False, None))
         except (CkptdError, ValueError, KeyError) as error:
             raise RestoreUndecided(f"tier {tier.spec.url} did not answer: {error}") from error
-    for incarnation, own in (record.incarnations if record else {}).items():
+    for incarnation, own in records.items():
         known[incarnation] = Ancestor(own.is_decided, own.parent)
     return known
+
+
+def explain_lost(
+    holders: Sequence[Holder], lost_nodes: Mapping[str, str], ordered: Sequence[Available], found: Sequence[Available]
+) -> list[str]:
+    """A line for every snapshot that is newer than the best candidate and was lost with nodes."""
+    best = ordered[0].snapshot if ordered else None
+    durable = max((a.snapshot for a in found if any(s != MEMORY for s in a.sources)), default=None)
+    newest = f"newest durable is step {durable.step}" if durable else "nothing is durable"
+    notes = []
+    for snapshot, world_size in sorted(world_sizes(holders).items(), reverse=True):
+        lost = lost_ranks(holders, snapshot, world_size)
+        if lost and lost_nodes and (best is None or snapshot > best):
+            notes.append(
+                f"{snapshot} is not recoverable: the shards of {_some_ranks(lost)} are lost with {_some(lost_nodes)}, more "
+                f"than parity makes up for; {newest}"
+            )
+    return notes
+
+
+def check_nothing_lost(holders: Sequence[Holder], lost_nodes: Mapping[str, str]) -> None:
+    """RestoreUndecided when there is no candidate, but shards or parity are held and nodes that held more are gone: a
+    run that had a snapshot does not start from scratch by itself."""
+    held = any(holder.ranks or holder.parity for holder in holders)
+    if held and lost_nodes:
+        notes = explain_lost(holders, lost_nodes, (), ()) or [f"{_some(lost_nodes)} did not answer"]
+        raise RestoreUndecided(notes[0])
+
+
+def _some_ranks(ranks: Collection[int]) -> str:
+    shown = ", ".join(str(rank) for rank in sorted(ranks)[:8])
+    return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def _some(nodes: Mapping[str, str]) -> str:
+    shown = ", ".join(f"{node} ({why})" for node, why in sorted(nodes.items())[:3])
+    return f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}: {shown}" + (" ..." if len(nodes) > 3 else "")
 
 
 def record_in_tiers(tiers: Iterable[Tier], run: str, record: IncarnationRecord) -> list[str]:

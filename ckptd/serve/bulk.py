@@ -1,8 +1,4 @@
-"""The write stream, decoded by hand: protobuf would copy every payload twice more than the one copy into the slot.
-
-The bytes are exactly WriteRequest (fields 1 slot, 2 generation, 3 offset, 4 data), so any protobuf client can send
-them.
-"""
+"""The write stream: WriteRequest messages taken as raw bytes, so that a payload is copied once, into the slot."""
 
 from __future__ import annotations
 
@@ -14,9 +10,9 @@ from ckptd.arena.slot import Slot
 from ckptd.errors import InvalidRequest
 from ckptd.failpoints import failpoint
 from ckptd.format.slot import write_mark
+from ckptd_api.raw import decode
 
 _SLOT, _GENERATION, _OFFSET, _DATA = 1, 2, 3, 4
-_VARINT, _BYTES = 0, 2
 
 
 def receive(messages: Iterator[bytes], slot_of: Callable[[str, int], Slot]) -> int:
@@ -27,13 +23,12 @@ def receive(messages: Iterator[bytes], slot_of: Callable[[str, int], Slot]) -> i
     slot: Slot | None = None
     written = 0
     for message in messages:
-        fields, data = _decode(message)
+        slot_id, wanted, offset, data = _decode(message)
         if slot is None:
-            slot = slot_of(str(fields.get(_SLOT, "")), int(fields.get(_GENERATION, 0)))
+            slot = slot_of(slot_id, wanted)
             generation = slot.generation
             payload = np.frombuffer(slot.payload, np.uint8)
         failpoint("write.chunk")
-        offset = int(fields.get(_OFFSET, 0))
         if offset != written or offset + len(data) > len(payload):
             raise InvalidRequest(f"write at {offset}: expected {written}, payload is {len(payload)} bytes")
         if slot.generation != generation:
@@ -46,36 +41,11 @@ def receive(messages: Iterator[bytes], slot_of: Callable[[str, int], Slot]) -> i
     return written
 
 
-def _decode(message: bytes) -> tuple[dict[int, int | str], memoryview]:
-    """(the fields but data, a view of data)."""
-    view, at = memoryview(message), 0
-    fields: dict[int, int | str] = {}
-    data = view[:0]
+def _decode(message: bytes) -> tuple[str, int, int, memoryview]:
+    """(slot, generation, offset, data) of one message."""
     try:
-        while at < len(view):
-            key, at = _varint(view, at)
-            value, at = _varint(view, at)
-            if key & 7 == _VARINT:
-                fields[key >> 3] = value
-            elif key & 7 == _BYTES and at + value <= len(view):
-                part, at = view[at : at + value], at + value
-                if key >> 3 == _DATA:
-                    data = part
-                else:
-                    fields[key >> 3] = bytes(part).decode()
-            else:
-                raise InvalidRequest("not a WriteRequest")
-    except (IndexError, UnicodeDecodeError) as error:
-        raise InvalidRequest("not a WriteRequest") from error
-    return fields, data
-
-
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
-    result = shift = 0
-    while True:
-        byte = view[at]
-        result |= (byte & 0x7F) << shift
-        at += 1
-        if byte < 0x80:
-            return result, at
-        shift += 7
+        fields = decode(message)
+        slot = bytes(fields.data(_SLOT)).decode()
+        return slot, fields.integer(_GENERATION), fields.integer(_OFFSET), fields.data(_DATA)
+    except ValueError as error:
+        raise InvalidRequest(f"not a WriteRequest: {error}") from error

@@ -1,7 +1,7 @@
 """The coordinator of one incarnation: ledger and pace behind a lock, the collection of drained arrays, the commit.
 
 It lives in the daemon of rank 0's node and stays until its last drain is committed or given up. Its memory is soft: a
-new instance rebuilds it from what the daemons report.
+new instance rebuilds it from what the daemons report. It commits in shared tiers; each node commits in its own.
 """
 
 from __future__ import annotations
@@ -10,21 +10,27 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import structlog
 
-from ckptd.errors import CkptdError, CommitConflict
+from ckptd.erasure.groups import Group, losses_tolerated, plan_groups
+from ckptd.errors import CkptdError, DrainFailed
 from ckptd.format.manifest import ArrayRecord, Manifest, RankRecord
 from ckptd.model import Incarnation, Roster, SnapshotId
 from ckptd.peers.ledger import Ledger, Outcome
 from ckptd.peers.pace import Pace
-from ckptd.tiers.retention import expendable
+from ckptd.peers.protection import Protection
+from ckptd.serve.commits import commit, retain
 from ckptd.tiers.spec import tiers_for
 from ckptd.tiers.tier import Tier
-from ckptd_api.convert import schedule_entry_to_pb
+from ckptd_api.convert import incarnation_from_pb, schedule_entry_to_pb, snapshot_to_pb
 from ckptd_api.v1 import coordinator_pb2 as pb
 from ckptd_api.v1 import types_pb2
 
+SILENT_S: Final = 10.0
+_PROTECTION_LEVELS: Final = (pb.LEVEL_PROTECTED, pb.LEVEL_PROTECT_FAILED, pb.LEVEL_PARITY_LOST)
+_RETRY_PROTECTION_S: Final = 10.0
 log = structlog.get_logger()
 
 
@@ -47,14 +53,17 @@ class Coordinator:
         self.incarnation = incarnation
         self.roster = roster
         self._parent = parent
-        # Tiers of a node's own are committed here too: every rank of the run is on this node.
-        self._tiers = {tier.spec.url: tier for tier in tiers}
+        self._tiers = {tier.spec.url: tier for tier in tiers if tier.spec.scope == "shared"}
         self._pace = pace
         self._on_change = on_change
         self._keeps = keeps
         self._lock = threading.Lock()
-        self._ledger = Ledger(roster.world_size, stage_deadline_s, has_tier=bool(self._tiers))
+        self._ledger = Ledger(roster.world_size, stage_deadline_s, has_tier=bool(tiers))
+        self._groups: tuple[Group, ...] = plan_groups(roster)
+        self._protection = Protection(_members(self._groups), _RETRY_PROTECTION_S)
+        self._heard_s = dict.fromkeys(roster.nodes, time.monotonic())
         self._written: dict[str, dict[int, RankRecord]] = {}
+        self._drained: set[int] = set()
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
     def set_pace(self, pace: Pace) -> None:
@@ -72,8 +81,11 @@ class Coordinator:
         """Take one node's progress in order; the watermarks after it."""
         now = time.monotonic()
         with self._lock:
+            self._heard_s[request.node_id] = now
             for item in request.progress:
-                self._take(item, now)
+                self._take(item, request.node_id, now)
+            if self._ledger.staged is not None:
+                self._protection.staged(SnapshotId(self.incarnation, self._ledger.staged))
             for pace in request.paces:
                 self._pace.report(pace.rank, pace.step, pace.step_seconds, pace.stall_seconds)
             self._ledger.left.update(request.left)
@@ -81,17 +93,45 @@ class Coordinator:
 
     def tick(self) -> None:
         with self._lock:
-            self._ledger.tick(time.monotonic())
+            now = time.monotonic()
+            self._ledger.tick(now)
+            silent = self._silent(now)
+            self._protection.tick(now, silent)
+            self._give_up_drain_of(silent)
+
+    def restored(self, snapshot: SnapshotId) -> None:
+        """Every rank holds ``snapshot`` again: it is to be protected on the nodes of this roster."""
+        with self._lock:
+            self._protection.staged(snapshot)
+
+    def renew(self, roster: Roster) -> None:
+        """A later version of the roster."""
+        with self._lock:
+            if roster.version <= self.roster.version:
+                return
+            self.roster, self._groups = roster, plan_groups(roster)
+            now = time.monotonic()
+            self._heard_s = {node: self._heard_s.get(node, now) for node in roster.nodes}
+            self._protection.renew(_members(self._groups))
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self._groups
+
+    def _silent(self, now: float) -> list[str]:
+        return sorted(node for node, heard_s in self._heard_s.items() if now - heard_s > SILENT_S)
 
     def close(self) -> None:
         self._committing.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self, item: pb.Progress, now: float) -> None:
+    def _take(self, item: pb.Progress, node: str, now: float) -> None:
         ledger = self._ledger
         if item.level == pb.LEVEL_BEGUN:
-            ledger.begun(item.rank, item.step, now)
+            ledger.begun(item.rank, item.step, now, item.roster_version)
         elif item.level == pb.LEVEL_STAGED:
-            ledger.sealed(item.rank, item.step, item.is_persisted, now)
+            ledger.sealed(item.rank, item.step, item.is_persisted, now, item.roster_version)
+        elif item.level in _PROTECTION_LEVELS:
+            self._take_protection(item, node, now)
         elif item.level in (pb.LEVEL_DEAD, pb.LEVEL_FREED):
             ledger.died(item.step, Outcome(item.error or "StepDead", f"rank {item.rank}: {item.reason}"))
         elif item.level == pb.LEVEL_DRAIN_FAILED and ledger.draining == item.step:
@@ -100,10 +140,23 @@ class Coordinator:
             arrays = tuple(ArrayRecord(a.dtype, a.size_bytes, a.digest) for a in item.arrays)
             record = RankRecord(item.rank, item.index_bytes, item.index_crc, arrays)
             self._written.setdefault(item.tier, {})[item.rank] = record
-            wanted = [spec.url for spec in tiers_for(item.step, (tier.spec for tier in self._tiers.values()))]
-            if all(len(self._written.get(url, {})) == self.roster.world_size for url in wanted):
-                written, self._written = self._written, {}
+        elif item.level == pb.LEVEL_DRAINED and ledger.draining == item.step and not item.tier:
+            self._drained.add(item.rank)
+            if len(self._drained) == self.roster.world_size:
+                written, self._written, self._drained = self._written, {}, set()
                 self._committing.submit(self._commit, item.step, written)
+
+    def _take_protection(self, item: pb.Progress, node: str, now: float) -> None:
+        if item.roster_version != self.roster.version:
+            return  # of groups that are none any more
+        snapshot = SnapshotId(incarnation_from_pb(item.incarnation), item.step)
+        if item.level == pb.LEVEL_PROTECTED:
+            self._protection.protected(node, snapshot)
+        elif item.level == pb.LEVEL_PROTECT_FAILED:
+            self._protection.failed(node, snapshot, item.reason, now)
+        else:
+            log.warning("parity lost", run=self.run, node=node, snapshot=str(snapshot), reason=item.reason)
+            self._protection.parity_lost(node, snapshot)
 
     def _watermarks(self) -> types_pb2.Watermarks:
         ledger = self._ledger
@@ -116,15 +169,31 @@ class Coordinator:
         for name in ("staged", "durable", "draining"):
             if (value := getattr(ledger, name)) is not None:
                 setattr(marks, name, value)
+        self._mark_protection(marks)
         return marks
+
+    def _mark_protection(self, marks: types_pb2.Watermarks) -> None:
+        protection, silent = self._protection, self._silent(time.monotonic())
+        marks.silent_nodes.extend(silent)
+        if protection.protecting is not None:
+            marks.protecting.CopyFrom(snapshot_to_pb(protection.protecting))
+        if protection.parity_of is not None:
+            marks.parity_of.CopyFrom(snapshot_to_pb(protection.parity_of))
+            marks.losses_tolerated = losses_tolerated(self._groups, silent)
+            if protection.parity_of.incarnation == self.incarnation:
+                marks.protected = protection.parity_of.step
+        for snapshot, outcome in sorted(protection.not_protected.items()):
+            if snapshot.incarnation == self.incarnation:
+                marks.not_protected.append(_outcome(snapshot.step, outcome))
 
     # --- commit --------------------------------------------------------------------------------------------------
     def _commit(self, step: int, written: dict[str, dict[int, RankRecord]]) -> None:
         """Put the manifest into every shared tier; runs on the commit thread, whose failures become an outcome."""
         snapshot = SnapshotId(self.incarnation, step)
+        wanted = [spec.url for spec in tiers_for(step, (tier.spec for tier in self._tiers.values()))]
         try:
-            for url, ranks in written.items():
-                self._commit_to(self._tiers[url], snapshot, ranks)
+            for url in wanted:
+                self._commit_to(self._tiers[url], snapshot, written.get(url, {}))
         except CkptdError as error:
             log.warning("commit given up", run=self.run, step=step, reason=error.message)
             with self._lock:
@@ -135,12 +204,18 @@ class Coordinator:
                 self._give_up(step, f"{type(error).__name__}: {error}")
         else:
             with self._lock:
-                self._ledger.drained(step, is_durable=any(self._tiers[url].spec.scope == "shared" for url in written))
-            log.info("checkpoint durable", run=self.run, step=step)
+                self._ledger.drained(step, is_durable=bool(wanted))
+            log.info("checkpoint durable" if wanted else "checkpoint in the nodes' tiers", run=self.run, step=step)
         self._on_change()
-        self._retain()
+        retain(self._tiers.values(), self.run, self._keeps())
 
     def _commit_to(self, tier: Tier, snapshot: SnapshotId, ranks: dict[int, RankRecord]) -> None:
+        if left_out := sorted(set(range(self.roster.world_size)) - ranks.keys()):
+            nodes = sorted({self.roster.entries[rank].node_id for rank in left_out})
+            raise DrainFailed(
+                f"{tier.spec.url}: not written by nodes {', '.join(nodes[:8])}",
+                "give every daemon the same shared tiers",
+            )
         manifest = Manifest(
             run=self.run,
             snapshot=snapshot,
@@ -151,40 +226,21 @@ class Coordinator:
             created_at_s=time.time(),
             ranks=tuple(ranks[rank] for rank in sorted(ranks)),
         )
-        try:
-            tier.commit(manifest)
-        except CommitConflict:
-            # Somebody finished this very checkpoint before us (`prune --finish`, or we, before a restart).
-            if tier.manifest(self.run, snapshot).ranks != manifest.ranks:
-                raise
+        commit(tier, manifest)
+
+    def _give_up_drain_of(self, silent: list[str]) -> None:
+        step = self._ledger.draining
+        lost = [n for n in silent if not self._drained.issuperset(self.roster.ranks_of(n))]
+        if step is not None and lost:
+            self._give_up(step, f"node {lost[0]} was not heard of for {SILENT_S:g} s before its shards were written")
 
     def _give_up(self, step: int, reason: str) -> None:
-        self._written = {}
+        self._written, self._drained = {}, set()
         self._ledger.drain_failed(step, reason)
 
-    def _retain(self) -> None:
-        """Delete what the retention rule lets go; a tier that cannot be read is asked again after the next drain."""
-        for tier in self._tiers.values():
-            try:
-                for deletion in expendable_in(tier, self.run, self._keeps()):
-                    tier.delete(self.run, deletion)
-            except CkptdError as error:
-                log.warning("retention postponed", run=self.run, tier=tier.spec.url, reason=error.message)
 
-
-def expendable_in(tier: Tier, run: str, keeps: set[SnapshotId]) -> list[SnapshotId]:
-    """What retention lets go in ``tier``. ``keeps`` are leased or being drained. A checkpoint counts as verified when
-    its commit is complete: every array and index that the manifest names is there."""
-    stored = tier.snapshots(run)
-    committed = sorted((s.snapshot for s in stored if s.is_committed), reverse=True)
-    verified = set()
-    for snapshot in committed[: tier.spec.keep + 1]:
-        try:
-            if not tier.missing(tier.manifest(run, snapshot)):
-                verified.add(snapshot)
-        except CkptdError as error:
-            log.warning("checkpoint does not count as verified", run=run, snapshot=str(snapshot), reason=error.message)
-    return [d.snapshot for d in expendable(stored, tier.spec.keep, verified, keeps, keeps)]
+def _members(groups: tuple[Group, ...]) -> frozenset[str]:
+    return frozenset(node for group in groups for node in group.members)
 
 
 def _outcome(step: int, outcome: Outcome) -> types_pb2.StepOutcome:

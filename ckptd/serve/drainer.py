@@ -16,6 +16,7 @@ from ckptd.failpoints import failpoint
 from ckptd.format.blocks import find_corrupt_block
 from ckptd.metrics import Metrics
 from ckptd.model import SnapshotId
+from ckptd.serve.commits import NodeCommits
 from ckptd.tiers.spec import tiers_for
 from ckptd.tiers.tier import Tier
 from ckptd_api.v1 import coordinator_pb2 as pb
@@ -25,12 +26,14 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """One rank's shard on its way to every tier; ``report`` takes what came of it."""
+    """One rank's shard on its way to every tier; ``report`` takes what came of it, ``commits`` what is written in
+    tiers of this node's own."""
 
     run: str
     snapshot: SnapshotId
     rank: int
     slot: Slot
+    commits: NodeCommits
     report: Callable[..., None]
 
 
@@ -90,6 +93,9 @@ class Drainer:
         for tier in (tier for tier in self._tiers if tier.spec in wanted):
             record = tier.write_rank(drain.run, drain.snapshot, drain.rank, layout, slot.payload, slot.table)
             self._metrics.bytes_total.labels(drain.run, "drained").inc(layout.payload_bytes)
+            if tier.spec.scope == "node":
+                drain.commits.written(tier, drain.snapshot, record)
+                continue
             progress.append(
                 pb.Progress(
                     rank=drain.rank,
@@ -103,6 +109,8 @@ class Drainer:
                     index_crc=record.index_crc,
                 )
             )
+        # Without a tier: all of them are written.
+        progress.append(pb.Progress(rank=drain.rank, step=drain.snapshot.step, level=pb.LEVEL_DRAINED))
         failpoint("drain.after")
         return progress
 

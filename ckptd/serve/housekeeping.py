@@ -11,7 +11,7 @@ from ckptd.errors import CkptdError, DrainFailed
 from ckptd.format.manifest import Manifest
 from ckptd.model import SnapshotId
 from ckptd.serve.catalog import tier_rows
-from ckptd.serve.coordinator import expendable_in
+from ckptd.serve.commits import expendable_in
 from ckptd.serve.node import Node
 from ckptd.tiers.tier import Tier
 from ckptd_api.convert import snapshot_from_pb

@@ -9,26 +9,38 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+import grpc
 import structlog
 
 from ckptd.arena.arena import Arena
 from ckptd.arena.records import IncarnationRecord, RunRecord, delete_record, load_records, save_record
 from ckptd.arena.recycle import RunMarks
 from ckptd.config import Settings
-from ckptd.errors import Corrupt, DaemonUnreachable, InstanceChanged, InvalidRequest, NotPermitted, UnknownRun
+from ckptd.erasure.groups import explain
+from ckptd.errors import Corrupt, DaemonUnreachable, InstanceChanged, InvalidRequest, UnknownRun
 from ckptd.files import write_atomic
+from ckptd.format.manifest import Manifest, RankRecord
 from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId, check_run_name
+from ckptd.peers.channels import Channels
 from ckptd.peers.pace import Pace, Wish
+from ckptd.peers.protect import Protector
+from ckptd.peers.rate import TokenBucket
+from ckptd.peers.rebuild import Rebuilder
+from ckptd.peers.shelf import Shelf
+from ckptd.peers.transport import GrpcTransport, LocalTransport
 from ckptd.restore.fetch import Fetcher
 from ckptd.restore.inventory import MEMORY, record_in_tiers
+from ckptd.serve.cluster import Cluster
+from ckptd.serve.commits import NodeCommits
 from ckptd.serve.coordinator import Coordinator
 from ckptd.serve.drainer import Drainer
 from ckptd.serve.node_run import NodeRun
+from ckptd.serve.protecting import Protecting
 from ckptd.serve.sessions import Identity, Sessions
 from ckptd.tiers.tier import Tier
+from ckptd_api.convert import incarnation_from_pb
 from ckptd_api.v1 import coordinator_pb2 as pb
-from ckptd_api.v1 import types_pb2
 
 _MOST_INCARNATIONS: Final = 64
 log = structlog.get_logger()
@@ -47,18 +59,43 @@ class Node:
         self.arena.marks_of = self._marks_of
         self.arena.is_ended = self.is_ended
         self.drainer = Drainer(self.tiers, self.metrics)
-        self.fetcher = Fetcher(self.arena, self.tiers, self._on_corrupt)
+        self.shelf = Shelf(self.arena)
+        self._channels = Channels(_credentials(settings))
+        self.cluster = Cluster(self.arena, self._channels, self.shelf, self.records_of)
+        transport, local = GrpcTransport(self._channels, settings.peer_silence_s), LocalTransport(self.shelf)
+        self.protector = Protector(
+            self.arena,
+            transport,
+            self.cluster.describe_image,
+            TokenBucket(settings.protect_rate_bytes),
+            self.metrics,
+            settings.protect_deadline_s,
+        )
+        self.protecting = Protecting(self.arena, self.protector, self._marks_of)
+        rebuilder = Rebuilder(
+            lambda holder: local if holder.node_id == self.node_id else transport,
+            lambda holder, *what: self.cluster.describe_image(
+                holder.address, *what, is_here=holder.node_id == self.node_id
+            ),
+            self.cluster.describe_group,
+        )
+        self.fetcher = Fetcher(self.arena, self.tiers, rebuilder, self._on_corrupt)
         self.node_id = ""
         self.records: dict[str, RunRecord] = {}
         self._runs: dict[tuple[str, Incarnation], NodeRun] = {}
         self._coordinators: dict[tuple[str, Incarnation], Coordinator] = {}
         self._lock = threading.RLock()
 
+    @property
+    def address(self) -> str:
+        """HOST:PORT at which peers reach this daemon; "" when they cannot."""
+        return self.cluster.address
+
     # --- life ----------------------------------------------------------------------------------------------------
     def open(self) -> None:
         """Adopt what is in the arena and take up the runs it belongs to; drains that were interrupted go on."""
         self.arena.open()
-        self.node_id = self._read_node_id()
+        self.node_id = self.cluster.node_id = self._read_node_id()
         for record in load_records(self.settings.arena):
             if isinstance(record, Corrupt):
                 self.arena.problems.append(record.message)
@@ -71,16 +108,21 @@ class Node:
                     self._take_up(record.run, known.incarnation, known.roster).report_held()
 
     def finish_drains(self, deadline_s: float) -> bool:
-        """Wait for drains and commits; False when some are left to the next start."""
+        """Wait for drains, commits and protection; False when some are left to the next start."""
         until = time.monotonic() + deadline_s
         is_done = self.drainer.wait_idle(deadline_s)
         for run in self.node_runs():
-            is_done &= run.wait_drained(max(0.0, until - time.monotonic()))
+            is_done &= run.wait_settled(max(0.0, until - time.monotonic()))
         return is_done
 
     def close(self) -> None:
         """Stop the threads; what is sealed stays for the next daemon."""
+        self.protector.close()
         self.drainer.close()
+        for run in self.node_runs():
+            run.close()
+        self.cluster.close()
+        self._channels.close()
         for coordinator in self.coordinators():
             coordinator.close()
         self.arena.close()
@@ -118,11 +160,7 @@ class Node:
     ) -> NodeRun:
         """A rank of this node joins; the first to do so takes up the incarnation here."""
         check_run_name(run)
-        if roster.coordinator.node_id != self.node_id:
-            raise InvalidRequest(
-                f"rank 0 of run {run} is on another node",
-                "runs of more than one node are not supported yet: start every rank beside this daemon",
-            )
+        _check_addresses(roster)
         if roster.entries[rank].node_id != self.node_id:
             raise InstanceChanged(f"the roster places rank {rank} on node {roster.entries[rank].node_id}")
         with self._lock:
@@ -133,9 +171,12 @@ class Node:
                 self._remember(record, IncarnationRecord(incarnation, roster.world_size, roster=roster))
                 self.arena.drop_writing_before(run, incarnation)
             node_run = self._take_up(run, incarnation, roster)
-        self._coordinators[run, incarnation].set_pace(pace)
+            coordinator = self._coordinators.get((run, incarnation))
+        if coordinator is not None:
+            coordinator.set_pace(pace)
         node_run.join(rank, pid)
         node_run.report_held()
+        node_run.hear()
         return node_run
 
     def check_current(self, run: str, incarnation: Incarnation) -> None:
@@ -149,19 +190,13 @@ class Node:
     def _take_up(self, run: str, incarnation: Incarnation, roster: Roster) -> NodeRun:
         key = (run, incarnation)
         with self._lock:
+            if roster.coordinator.node_id == self.node_id:
+                self._coordinate(run, incarnation, roster)
             if key in self._runs:
+                self._renew(key, roster)
                 return self._runs[key]
-            coordinator = Coordinator(
-                run,
-                incarnation,
-                roster,
-                lambda: self.parent_of(run, incarnation),
-                self.tiers,
-                Pace(Wish("steps", 0), Wish("steps", 0)),
-                self.settings.stage_deadline_s,
-                lambda: self._runs[key].report(),
-                lambda: self.draining_of(run),
-            )
+            if note := explain(roster):
+                log.warning("less protection than was asked for", run=run, reason=note)
             node_run = NodeRun(
                 run,
                 incarnation,
@@ -170,12 +205,75 @@ class Node:
                 self.instance,
                 self.arena,
                 self.drainer,
+                NodeCommits(
+                    lambda: set(node_run.roster.ranks_of(self.node_id)),
+                    lambda snapshot, records: self._manifest(node_run, snapshot, records),
+                    lambda: self.draining_of(run),
+                ),
                 self.metrics,
-                coordinator.report,
+                self._report,
+                self.protecting.follow,
             )
-            self._coordinators[key] = coordinator
             self._runs[key] = node_run
             return node_run
+
+    def _coordinate(self, run: str, incarnation: Incarnation, roster: Roster) -> None:
+        """Take the coordinator of the incarnation up, or give it a later roster."""
+        key = (run, incarnation)
+        if key in self._coordinators:
+            self._coordinators[key].renew(roster)
+            return
+        coordinator = self._coordinators[key] = Coordinator(
+            run,
+            incarnation,
+            roster,
+            lambda: self.parent_of(run, incarnation),
+            self.tiers,
+            Pace(Wish("steps", 0), Wish("steps", 0)),
+            self.settings.stage_deadline_s,
+            lambda: self._runs[key].report(),
+            lambda: self.draining_of(run),
+        )
+        known = self.records[run].incarnations[incarnation]
+        if known.is_decided and known.parent:
+            coordinator.restored(known.parent)
+
+    def _renew(self, key: tuple[str, Incarnation], roster: Roster) -> None:
+        if roster.version > self._runs[key].roster.version:
+            record = self.records[key[0]]
+            self._remember(record, replace(record.incarnations[key[1]], roster=roster))
+            self._runs[key].renew(roster)
+
+    def _report(self, roster: Roster, request: pb.ReportRequest) -> pb.ReportResponse:
+        """Carry a report to the coordinator: here, or in another daemon."""
+        coordinator = roster.coordinator
+        if coordinator.node_id == self.node_id:
+            return self._take_report(request)
+        if not coordinator.address:
+            raise DaemonUnreachable("rank 0 has no daemon, so nobody coordinates")
+        peer = self._channels.peer(coordinator.address)
+        answer: pb.ReportResponse = peer.call(peer.coordinator.Report, request)
+        return answer
+
+    def _take_report(self, request: pb.ReportRequest) -> pb.ReportResponse:
+        incarnation = incarnation_from_pb(request.incarnation)
+        coordinator = self._coordinators.get((request.run, incarnation))
+        if coordinator is None:
+            raise DaemonUnreachable(f"this daemon does not coordinate incarnation {incarnation} of run {request.run}")
+        return pb.ReportResponse(watermarks=coordinator.report(request), instance=self.instance)
+
+    def _manifest(self, node_run: NodeRun, snapshot: SnapshotId, records: list[RankRecord]) -> Manifest:
+        """The manifest of this node's ranks, for a tier of its own."""
+        return Manifest(
+            run=node_run.run,
+            snapshot=snapshot,
+            parent=self.parent_of(node_run.run, node_run.incarnation),
+            world_size=node_run.roster.world_size,
+            roster_version=node_run.roster.version,
+            block_bytes=node_run.roster.block_bytes,
+            created_at_s=time.time(),
+            ranks=tuple(records),
+        )
 
     def node_run(self, identity: Identity, run: str, incarnation: Incarnation) -> NodeRun:
         """The run as joined here; InstanceChanged when this instance does not know it (join again)."""
@@ -191,15 +289,17 @@ class Node:
             raise InstanceChanged(f"run {run} was not joined with this instance of the daemon")
         self.sessions.check(identity, record.owner, run)
 
-    def coordinate(self, identity: Identity, request: pb.ReportRequest) -> types_pb2.Watermarks:
+    def coordinate(self, identity: Identity, request: pb.ReportRequest) -> pb.ReportResponse:
         """A report of another daemon's ranks to the coordinator here."""
-        if identity.uid != 0 and identity.uid != self.arena.folder.stat().st_uid:
-            raise NotPermitted("only daemons report progress")
-        incarnation = Incarnation(request.incarnation.ordinal, request.incarnation.id)
-        coordinator = self._coordinators.get((request.run, incarnation))
-        if coordinator is None:
-            raise DaemonUnreachable(f"this daemon does not coordinate run {request.run}")
-        return coordinator.report(request)
+        self.sessions.check_peer(identity)
+        return self._take_report(request)
+
+    def find_run(self, run: str, incarnation: Incarnation) -> NodeRun | None:
+        """The incarnation as taken up here."""
+        return self._runs.get((run, incarnation))
+
+    def records_of(self, run: str) -> RunRecord | None:
+        return self.records.get(run)
 
     def coordinators(self) -> list[Coordinator]:
         with self._lock:
@@ -214,40 +314,64 @@ class Node:
         with self._lock:
             record, coordinator = self.records.get(node_run.run), self._coordinators.get(key)
             known = record.incarnations.get(node_run.incarnation) if record else None
-            if record is None or coordinator is None or known is None:
+            if record is None or known is None:
                 return
             is_overtaken = known is not record.newest and not node_run.has_members
-            if node_run.is_draining or not ((node_run.has_ended and coordinator.is_idle) or is_overtaken):
+            # The coordinator stays while any node has something to report to it.
+            is_idle = coordinator.is_idle if coordinator else True
+            if node_run.is_draining or not ((node_run.has_ended or is_overtaken) and is_idle):
                 return
             if not known.is_ended:
                 self._remember(record, replace(known, is_ended=True))
             if is_overtaken:
-                self._coordinators.pop(key).close()
-                self._runs.pop(key)
+                self._drop(key)
 
     def forget(self, run: str) -> None:
         """Drop a run's slots and record from memory: its checkpoints in the tiers stay."""
         with self._lock:
             for key in [k for k in self._runs if k[0] == run]:
-                self._coordinators.pop(key).close()
-                self._runs.pop(key)
+                self._drop(key)
             self.arena.remove_run(run)
             self.records.pop(run, None)
             delete_record(self.settings.arena, run)
         self.metrics.forget_run(run)
 
+    def _drop(self, key: tuple[str, Incarnation]) -> None:
+        if coordinator := self._coordinators.pop(key, None):
+            coordinator.close()
+        self._runs.pop(key).close()
+
     # --- decisions -----------------------------------------------------------------------------------------------
     def decide(self, run: str, incarnation: Incarnation, parent: SnapshotId | None) -> None:
-        """Record, in memory and in the tiers, what the incarnation restored (None: nothing), once."""
-        with self._lock:
-            record = self.records[run]
-            known = record.incarnations[incarnation]
-            if known.is_decided and known.parent == parent:
-                return
-            decided = replace(known, is_decided=True, parent=parent)
-            self._remember(record, decided)
+        """Record what the incarnation restored (None: nothing), once: with every daemon of the run, then in the tiers.
+        RestoreUndecided when a daemon cannot be told."""
+        known = self.records[run].incarnations[incarnation]
+        if known.is_decided and known.parent == parent:
+            return
+        roster = self._runs[run, incarnation].roster
+        if roster.coordinator.node_id == self.node_id:
+            self.cluster.record_decision(run, incarnation, roster, parent)
+        decided = self.remember_decision(run, incarnation, roster, parent)
+        coordinator = self._coordinators.get((run, incarnation))
+        if coordinator and parent:
+            coordinator.restored(parent)
         for problem in record_in_tiers(self.tiers, run, decided):
             log.warning("decision is not in the tier", run=run, problem=problem)
+
+    def remember_decision(
+        self, run: str, incarnation: Incarnation, roster: Roster, parent: SnapshotId | None
+    ) -> IncarnationRecord:
+        """Record the decision on this node. A run not known here yet belongs to whoever joins it first."""
+        with self._lock:
+            record = self.records.get(run)
+            if record is None:
+                raise InstanceChanged(f"run {run} was not joined with this instance of the daemon")
+            known = record.incarnations.get(incarnation) or IncarnationRecord(
+                incarnation, roster.world_size, roster=roster
+            )
+            decided = replace(known, is_decided=True, parent=parent)
+            self._remember(record, decided)
+            return decided
 
     def parent_of(self, run: str, incarnation: Incarnation) -> SnapshotId | None:
         return self.records[run].incarnations[incarnation].parent
@@ -275,8 +399,31 @@ class Node:
             is_decided=newest.is_decided,
             restored=newest.parent,
             staged=node_run.staged_id() if node_run else None,
+            protected=node_run.parity_id() if node_run else None,
+            protecting=node_run.protecting_id() if node_run else None,
             dead=node_run.dead_ids() if node_run else (),
         )
+
+
+def _credentials(settings: Settings) -> grpc.ChannelCredentials | None:
+    """This daemon's certificate, shown to its peers; None without TLS."""
+    if not (settings.tls_cert and settings.tls_key and settings.tls_ca):
+        return None
+    return grpc.ssl_channel_credentials(
+        settings.tls_ca.read_bytes(), settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
+    )
+
+
+def _check_addresses(roster: Roster) -> None:
+    """InvalidRequest when the daemons of several nodes could not reach one another."""
+    if len(roster.nodes) < 2:
+        return
+    for entry in roster.nodes.values():
+        if not entry.address:
+            raise InvalidRequest(
+                f"the daemon of rank {entry.rank} (node {entry.node_id}) has no address for its peers",
+                "serve with --listen HOST:PORT on every node of a run",
+            )
 
 
 def open_tiers(settings: Settings) -> list[Tier]:

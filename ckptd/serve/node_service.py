@@ -12,21 +12,35 @@ import structlog
 
 import ckptd
 from ckptd.arena.slot import Slot
-from ckptd.errors import CkptdError, InstanceChanged, InvalidRequest, SlotNotReady, StepDead, StepRepeated
+from ckptd.errors import (
+    CkptdError,
+    CoordinatorUnreachable,
+    InstanceChanged,
+    InvalidRequest,
+    SlotNotReady,
+    StepDead,
+    StepRepeated,
+)
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import HEADER_BYTES, SlotLayout
 from ckptd.format.slot import SlotHeader, SlotState
 from ckptd.model import Segment, SnapshotId, check_run_name
 from ckptd.peers.pace import Pace, Wish
 from ckptd.restore.candidates import find_step, order_candidates
-from ckptd.restore.inventory import available, incarnations
+from ckptd.restore.inventory import available, check_nothing_lost, explain_lost, incarnations
 from ckptd.serve.bulk import receive
 from ckptd.serve.node import Node
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.rpc import caller
 from ckptd.serve.sessions import Identity
 from ckptd.tiers.tier import Tier
-from ckptd_api.convert import incarnation_from_pb, roster_from_pb, snapshot_from_pb, snapshot_to_pb
+from ckptd_api.convert import (
+    incarnation_from_pb,
+    roster_entry_from_pb,
+    roster_from_pb,
+    snapshot_from_pb,
+    snapshot_to_pb,
+)
 from ckptd_api.v1 import coordinator_pb2, node_pb2_grpc, types_pb2
 from ckptd_api.v1 import node_pb2 as pb
 
@@ -39,9 +53,8 @@ log = structlog.get_logger()
 class NodeService(node_pb2_grpc.NodeServiceServicer):
     """One method a call of the wire; errors become gRPC status in ``rpc.Boundary``."""
 
-    def __init__(self, node: Node, address: str, tcp_identity: Identity | None) -> None:
+    def __init__(self, node: Node, tcp_identity: Identity | None) -> None:
         self._node = node
-        self._address = address
         self._tcp_identity = tcp_identity
 
     # --- session, membership ---------------------------------------------------------------------------------------
@@ -61,7 +74,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         return pb.DescribeResponse(
             instance=node.instance,
             node_id=node.node_id,
-            address=self._address,
+            address=node.address,
             domains=dict(d.split("=", 1) for d in node.settings.domains),
             protect_max=node.settings.protect_max,
             slots=node.settings.slots,
@@ -73,7 +86,9 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
     def Survey(self, request: pb.SurveyRequest, context: grpc.ServicerContext) -> pb.SurveyResponse:
         run = check_run_name(request.run)
         self._check_if_known(run)
-        known = incarnations(self._node.records.get(run), self._node.tiers, run)
+        entries = [roster_entry_from_pb(entry) for entry in request.entries]
+        found = self._node.cluster.survey(run, entries)
+        known = incarnations(found.records, self._node.tiers, run)
         return pb.SurveyResponse(highest_ordinal=max((i.ordinal for i in known), default=0))
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
@@ -127,6 +142,10 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             raise StepRepeated(f"step {request.step}: step {run.watermarks.staged} is staged already")
         if any(o.step == request.step for o in run.watermarks.dead):
             raise StepDead(f"step {request.step} is dead: another rank could not take it")
+        if run.problem is not None:
+            raise CoordinatorUnreachable(f"step {request.step}: {run.problem.message}")
+        if missing := [entry.rank for entry in run.roster.entries if not entry.node_id]:
+            raise StepDead(f"step {request.step} is dead: rank {missing[0]} has no daemon")
         # What this incarnation starts from is settled by its first save, if no restore settled it before.
         if not self._node.records[run.run].incarnations[run.incarnation].is_decided:
             self._node.decide(run.run, run.incarnation, None)
@@ -139,7 +158,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             uid=caller().uid,
             snapshot=SnapshotId(run.incarnation, request.step),
             parent=self._node.parent_of(run.run, run.incarnation),
-            roster_version=run.roster.version,
+            roster_version=request.roster_version or run.roster.version,
             index_crc=0,
             is_persisted=request.is_persisted,
             sealed_at_s=0.0,
@@ -153,7 +172,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             self._node.metrics.skips_total.labels(run.run, type(error).__name__).inc()
             run.report(run.dead(request.rank, request.step, type(error).__name__, str(error)))
             raise
-        run.report(_progress(request.rank, request.step, coordinator_pb2.LEVEL_BEGUN))
+        run.report(_progress(slot, coordinator_pb2.LEVEL_BEGUN))
         failpoint("begin.after")
         return pb.BeginResponse(slot=slot.id, generation=slot.generation, slot_bytes=slot.capacity_bytes)
 
@@ -179,9 +198,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         metrics.seal_seconds.labels(run.run).observe(time.monotonic() - started)
         metrics.bytes_total.labels(run.run, "captured").inc(header.layout.payload_bytes)
         failpoint("seal.before_report")
-        progress = _progress(request.rank, request.step, coordinator_pb2.LEVEL_STAGED)
-        progress.is_persisted = header.is_persisted
-        run.report(progress)
+        run.report(_progress(slot, coordinator_pb2.LEVEL_STAGED))
         failpoint("seal.after_report")
         return pb.SealResponse()
 
@@ -213,19 +230,24 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
     ) -> pb.ListCandidatesResponse:
         run = check_run_name(request.run)
         self._check_if_known(run)
-        node = self._node
-        found = available(node.arena, node.tiers, run)
+        node, asking = self._node, incarnation_from_pb(request.incarnation)
+        survey = node.cluster.survey(run, roster_from_pb(request.roster).entries)
+        found = available(survey.holders, node.tiers, run)
+        everything = found
         if request.source:
             found = [a for a in found if request.source in a.sources]
-        known = incarnations(node.records.get(run), node.tiers, run)
-        ordered = order_candidates(found, known, incarnation_from_pb(request.incarnation))
+        known = incarnations(survey.records, node.tiers, run)
+        ordered = order_candidates(found, known, asking)
         if request.HasField("step"):
             ordered = find_step(found, ordered, request.step)
+        elif not everything:
+            check_nothing_lost(survey.holders, survey.lost)
         return pb.ListCandidatesResponse(
             candidates=[
                 pb.Candidate(snapshot=snapshot_to_pb(a.snapshot), world_size=a.world_size, sources=a.sources)
                 for a in ordered
-            ]
+            ],
+            notes=explain_lost(survey.holders, survey.lost, ordered, everything),
         )
 
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> pb.FetchResponse:
@@ -233,10 +255,17 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         snapshot, started = snapshot_from_pb(request.snapshot), time.monotonic()
         failpoint("restore.before_fetch")
         lease, source = self._node.fetcher.fetch(
-            run.run, snapshot, request.rank, request.world_size, request.source, caller().uid, run.holder(request.rank)
+            run.run,
+            snapshot,
+            request.rank,
+            request.world_size,
+            request.source,
+            caller().uid,
+            run.holder(request.rank),
+            lambda: self._node.cluster.locate(run.run, run.incarnation, run.roster, snapshot),
         )
         header = lease.slot.sealed_header
-        place = "memory" if source == "memory" else "tier"
+        place = "tier" if "://" in source else source
         metrics = self._node.metrics
         metrics.restore_seconds.labels(run.run, place).observe(time.monotonic() - started)
         metrics.bytes_total.labels(run.run, "restored").inc(header.layout.payload_bytes)
@@ -298,8 +327,15 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         self._node.record_for(caller(), run)
 
 
-def _progress(rank: int, step: int, level: coordinator_pb2.Level.ValueType) -> coordinator_pb2.Progress:
-    return coordinator_pb2.Progress(rank=rank, step=step, level=level)
+def _progress(slot: Slot, level: coordinator_pb2.Level.ValueType) -> coordinator_pb2.Progress:
+    header = slot.sealed_header
+    return coordinator_pb2.Progress(
+        rank=header.rank,
+        step=header.snapshot.step,
+        level=level,
+        is_persisted=header.is_persisted,
+        roster_version=header.roster_version,
+    )
 
 
 def _wish(interval: types_pb2.Interval) -> Wish:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import grpc
 
 import ckptd
+from ckptd.arena.parity import ParityFile
+from ckptd.erasure.groups import explain
 from ckptd.errors import CkptdError, UnknownRun, UnknownStep
 from ckptd.model import check_run_name
 from ckptd.serve.catalog import Catalog
@@ -24,9 +26,8 @@ from ckptd_api.v1 import operator_pb2_grpc
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     """Answers about every run the caller may see."""
 
-    def __init__(self, node: Node, address: str) -> None:
+    def __init__(self, node: Node) -> None:
         self._node = node
-        self._address = address
         self._catalog = Catalog(node)
 
     def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:
@@ -59,7 +60,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             version=ckptd.__version__,
             instance=node.instance,
             node_id=node.node_id,
-            address=self._address,
+            address=node.address,
             memory_bytes=node.settings.memory_bytes,
             used_bytes=node.arena.used_bytes,
             slots=sorted(slots, key=lambda s: s.slot),
@@ -68,6 +69,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             problems=problems,
             pid=os.getpid(),
             arena=str(node.settings.arena),
+            parity=[_parity(file) for file in node.arena.parity.files()],
         )
 
     def _run_status(self, run: NodeRun) -> pb.RunStatus:
@@ -81,7 +83,12 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             incarnation=incarnation_to_pb(run.incarnation),
             world_size=run.roster.world_size,
             owner=record.owner,
-            is_coordinator=True,
+            is_coordinator=run.is_coordinated_here,
+            groups=[
+                pb.GroupStatus(k=group.geometry.k, m=group.geometry.m, node_ids=group.members) for group in run.groups
+            ],
+            protection_note=explain(run.roster) or "",
+            roster_version=run.roster.version,
             watermarks=run.watermarks,
             ranks=[pb.RankStatus(rank=r, pid=s.pid, state=s.state) for r, s in sorted(run.ranks.items())],
             state=state,
@@ -132,3 +139,11 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             self._node.sessions.check(caller(), record.owner, run)
         elif run not in self._catalog.runs(caller()):
             raise UnknownRun(f"run {run!r} is not known to this daemon or its tiers")
+
+
+def _parity(file: ParityFile) -> pb.ParityStatus:
+    status = pb.ParityStatus(run=file.run, state=file.state.name.lower(), size_bytes=file.capacity_bytes)
+    if held := file.header:
+        status.snapshot.CopyFrom(snapshot_to_pb(held.group.snapshot))
+        status.geometry, status.stripe, status.row = str(held.group.geometry), held.stripe, held.row
+    return status

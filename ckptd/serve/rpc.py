@@ -14,6 +14,7 @@ import structlog
 from ckptd.errors import CkptdError, TierFailed
 from ckptd.metrics import Metrics
 from ckptd.serve.sessions import Identity, Sessions
+from ckptd_api.status import HINT_KEY, NAME_KEY
 
 TOKEN_KEY = "ckptd-token"  # noqa: S105  (the name of the header, not a secret)
 log = structlog.get_logger()
@@ -98,7 +99,7 @@ class Boundary(grpc.ServerInterceptor):
             log.exception("method failed", method=method)
             known = CkptdError(f"{type(error).__name__} in the daemon: {error}", "see the daemon's log")
         self._count(method, known.grpc_code, started)
-        context.set_trailing_metadata((("ckptd-error", type(known).__name__), ("ckptd-hint-bin", known.hint.encode())))
+        context.set_trailing_metadata(((NAME_KEY, type(known).__name__), (HINT_KEY, known.hint.encode())))
         context.abort(grpc.StatusCode[known.grpc_code], known.message)
 
     def _count(self, method: str, code: str, started: float) -> None:

@@ -24,10 +24,19 @@ from ckptd.serve.logs import configure_logging
 from ckptd.serve.node import Node, open_tiers
 from ckptd.serve.node_service import NodeService
 from ckptd.serve.operator_service import OperatorService
+from ckptd.serve.peer_service import PeerService
 from ckptd.serve.rpc import Boundary, caller
 from ckptd.serve.sessions import Identity
 from ckptd.serve.upkeep import Upkeep
-from ckptd_api.v1 import coordinator_pb2, coordinator_pb2_grpc, node_pb2, node_pb2_grpc, operator_pb2_grpc
+from ckptd_api.v1 import (
+    coordinator_pb2,
+    coordinator_pb2_grpc,
+    node_pb2,
+    node_pb2_grpc,
+    operator_pb2_grpc,
+    peers_pb2,
+    peers_pb2_grpc,
+)
 
 # Every rank holds one thread for its watch stream; threads are made as they are needed.
 _THREADS: Final = 512
@@ -50,11 +59,11 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def Report(
         self, request: coordinator_pb2.ReportRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.ReportResponse:
-        return coordinator_pb2.ReportResponse(watermarks=self._node.coordinate(caller(), request))
+        return self._node.coordinate(caller(), request)
 
 
-class _RawWrites:
-    """Registers NodeService with Write taking its messages as bytes (``bulk`` decodes them with one copy less)."""
+class _RawBulk:
+    """Registers services with Write taking, and Pull giving, their messages as bytes: one copy less."""
 
     def __init__(self, server: grpc.Server) -> None:
         self._server = server
@@ -63,10 +72,14 @@ class _RawWrites:
         """The generated code registers every method twice; the registered ones below serve."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        write = handlers["Write"]
-        handlers["Write"] = grpc.stream_unary_rpc_method_handler(
-            write.stream_unary, None, node_pb2.WriteResponse.SerializeToString
-        )
+        if write := handlers.get("Write"):
+            handlers["Write"] = grpc.stream_unary_rpc_method_handler(
+                write.stream_unary, None, node_pb2.WriteResponse.SerializeToString
+            )
+        if pull := handlers.get("Pull"):
+            handlers["Pull"] = grpc.unary_stream_rpc_method_handler(
+                pull.unary_stream, peers_pb2.PullRequest.FromString, None
+            )
         self._server.add_registered_method_handlers(service, handlers)
 
 
@@ -115,11 +128,11 @@ def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grp
         interceptors=[Boundary(node.sessions, node.metrics)],
         options=_OPTIONS,
     )
-    address = settings.advertise or settings.listen or ""
+    bulk = cast(grpc.Server, _RawBulk(server))
     tcp_identity = Identity(f"uid:{os.getuid()}", os.getuid()) if settings.insecure else None
-    node_service = NodeService(node, address, tcp_identity)
-    node_pb2_grpc.add_NodeServiceServicer_to_server(node_service, cast(grpc.Server, _RawWrites(server)))
-    operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(node, address), server)
+    node_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(node, tcp_identity), bulk)
+    peers_pb2_grpc.add_PeerServiceServicer_to_server(PeerService(node), bulk)
+    operator_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(node), server)
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(CoordinatorService(node), server)
     services_up = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(services_up, server)
@@ -128,7 +141,10 @@ def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grp
     try:
         server.add_insecure_port(f"unix:{socket_path}")
         if settings.listen:
-            _listen(server, settings, settings.listen)
+            port = _listen(server, settings, settings.listen)
+            node.cluster.address = settings.peer_address.removesuffix(":0") + (
+                f":{port}" if settings.peer_address.endswith(":0") else ""
+            )
     except RuntimeError as error:
         raise InvalidRequest(f"cannot listen: {error}", "is the address free, and may this user bind it?") from error
     return server, services_up
@@ -148,16 +164,16 @@ def _check_socket_is_free(path: Path) -> None:
     raise InvalidRequest(f"another daemon answers at {path}", "stop it, or serve with another --socket")
 
 
-def _listen(server: grpc.Server, settings: Settings, address: str) -> None:
+def _listen(server: grpc.Server, settings: Settings, address: str) -> int:
+    """The port, which was chosen here when none was named."""
     if settings.tls_cert and settings.tls_key and settings.tls_ca:
         credentials = grpc.ssl_server_credentials(
             [(settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())],
             root_certificates=settings.tls_ca.read_bytes(),
             require_client_auth=True,
         )
-        server.add_secure_port(address, credentials)
-    else:
-        server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    return server.add_insecure_port(address)
 
 
 def _slot_opener(node: Node) -> Callable[[Identity, str, bool], tuple[int, int]]:

@@ -61,6 +61,11 @@ class Sessions:
             return
         raise NotPermitted(f"run {run} belongs to {owner}, you are {identity.name}")
 
+    def check_peer(self, identity: Identity) -> None:
+        """NotPermitted unless ``identity`` may be another daemon: a certificate of the authority, or the same user."""
+        if not identity.name.startswith("cert:") and identity.name not in ("uid:0", f"uid:{os.getuid()}"):
+            raise NotPermitted(f"only daemons ask this of one another, you are {identity.name}", "")
+
     def _is_member(self, uid: int) -> bool:
         if self._group is None:
             return False

@@ -19,6 +19,7 @@ from typing import Any, Final
 import grpc
 
 from ckptd.errors import CkptdError, DaemonUnreachable, InvalidRequest, SessionExpired, error_from_wire
+from ckptd_api.status import error_from_rpc
 from ckptd_api.v1 import node_pb2, node_pb2_grpc
 
 _LENGTH = struct.Struct(">I")
@@ -214,17 +215,4 @@ class Daemon:
             raise self._translate(error) from error
 
     def _translate(self, error: grpc.RpcError) -> CkptdError:
-        has_trailers = hasattr(error, "trailing_metadata")
-        trailers: dict[str, Any] = (
-            {item.key: item.value for item in error.trailing_metadata() or ()} if has_trailers else {}
-        )
-        details = str(error.details() if hasattr(error, "details") else error)
-        if name := trailers.get("ckptd-error"):
-            hint = trailers.get("ckptd-hint-bin", b"")
-            return error_from_wire(str(name), details, bytes(hint).decode())
-        code = error.code() if hasattr(error, "code") else None
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DaemonUnreachable(f"the daemon at {self.address} did not answer in time")
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-            return DaemonUnreachable(f"no daemon answers at {self.address}: {details}")
-        return CkptdError(f"call failed: {code}: {details}")
+        return error_from_rpc(error, self.address)

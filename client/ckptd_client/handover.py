@@ -16,6 +16,7 @@ import numpy as np
 
 from ckptd.errors import CkptdError, InvalidRequest
 from ckptd.memory import Bytes
+from ckptd_api.raw import encode
 from ckptd_client.daemon import Daemon
 from ckptd_client.mapping import MappedSlot
 
@@ -168,19 +169,5 @@ class Handover:
 
 
 def encode_write(slot: str, generation: int, offset: int, data: memoryview) -> bytes:
-    """A WriteRequest as protobuf encodes it, with one copy of ``data`` instead of three."""
-    head = b""
-    if slot:
-        head = b"\x0a" + _varint(len(slot)) + slot.encode() + b"\x10" + _varint(generation)
-    if offset:
-        head += b"\x18" + _varint(offset)
-    return b"".join((head, b"\x22", _varint(len(data)), data))
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    """A WriteRequest; slot and generation in the first one only."""
+    return encode({1: slot, 2: generation if slot else 0, 3: offset, 4: data})

@@ -69,6 +69,8 @@ def roster_to_pb(value: Roster) -> types_pb2.Roster:
         incarnation_id=value.incarnation_id,
         block_bytes=value.block_bytes,
         entries=[roster_entry_to_pb(entry) for entry in value.entries],
+        protect=value.protect,
+        from_step=value.from_step,
     )
 
 
@@ -78,4 +80,6 @@ def roster_from_pb(message: types_pb2.Roster) -> Roster:
         incarnation_id=message.incarnation_id,
         block_bytes=message.block_bytes,
         entries=tuple(roster_entry_from_pb(entry) for entry in message.entries),
+        protect=message.protect or "off",
+        from_step=message.from_step,
     )

@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from ckptd_api.v1 import types_pb2 as ckptd__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63kptd_api/v1/coordinator.proto\x12\x0c\x63kptd_api.v1\x1a\x18\x63kptd_api/v1/types.proto\"A\n\x0c\x41rrayWritten\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\r\"\xe1\x01\n\x08Progress\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\"\n\x05level\x18\x03 \x01(\x0e\x32\x13.ckptd_api.v1.Level\x12\x14\n\x0cis_persisted\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x0c\n\x04tier\x18\x07 \x01(\t\x12*\n\x06\x61rrays\x18\x08 \x03(\x0b\x32\x1a.ckptd_api.v1.ArrayWritten\x12\x13\n\x0bindex_bytes\x18\t \x01(\x04\x12\x11\n\tindex_crc\x18\n \x01(\r\"O\n\x04Pace\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x03 \x01(\x01\x12\x15\n\rstall_seconds\x18\x04 \x01(\x01\"\xca\x01\n\rReportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x10\n\x08instance\x18\x04 \x01(\x06\x12(\n\x08progress\x18\x05 \x03(\x0b\x32\x16.ckptd_api.v1.Progress\x12!\n\x05paces\x18\x06 \x03(\x0b\x32\x12.ckptd_api.v1.Pace\x12\x0c\n\x04left\x18\x07 \x03(\r\">\n\x0eReportResponse\x12,\n\nwatermarks\x18\x01 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks*\xa2\x01\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLEVEL_BEGUN\x10\x01\x12\x10\n\x0cLEVEL_STAGED\x10\x02\x12\x13\n\x0fLEVEL_PROTECTED\x10\x03\x12\x11\n\rLEVEL_DRAINED\x10\x04\x12\x0e\n\nLEVEL_DEAD\x10\x05\x12\x0f\n\x0bLEVEL_FREED\x10\x06\x12\x16\n\x12LEVEL_DRAIN_FAILED\x10\x07\x32Y\n\x12\x43oordinatorService\x12\x43\n\x06Report\x12\x1b.ckptd_api.v1.ReportRequest\x1a\x1c.ckptd_api.v1.ReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63kptd_api/v1/coordinator.proto\x12\x0c\x63kptd_api.v1\x1a\x18\x63kptd_api/v1/types.proto\"A\n\x0c\x41rrayWritten\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\r\"\xa9\x02\n\x08Progress\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\"\n\x05level\x18\x03 \x01(\x0e\x32\x13.ckptd_api.v1.Level\x12\x14\n\x0cis_persisted\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x0c\n\x04tier\x18\x07 \x01(\t\x12*\n\x06\x61rrays\x18\x08 \x03(\x0b\x32\x1a.ckptd_api.v1.ArrayWritten\x12\x13\n\x0bindex_bytes\x18\t \x01(\x04\x12\x11\n\tindex_crc\x18\n \x01(\r\x12.\n\x0bincarnation\x18\x0b \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x16\n\x0eroster_version\x18\x0c \x01(\x04\"O\n\x04Pace\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x03 \x01(\x01\x12\x15\n\rstall_seconds\x18\x04 \x01(\x01\"\xca\x01\n\rReportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x10\n\x08instance\x18\x04 \x01(\x06\x12(\n\x08progress\x18\x05 \x03(\x0b\x32\x16.ckptd_api.v1.Progress\x12!\n\x05paces\x18\x06 \x03(\x0b\x32\x12.ckptd_api.v1.Pace\x12\x0c\n\x04left\x18\x07 \x03(\r\"P\n\x0eReportResponse\x12,\n\nwatermarks\x18\x01 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\x12\x10\n\x08instance\x18\x02 \x01(\x06*\xd3\x01\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLEVEL_BEGUN\x10\x01\x12\x10\n\x0cLEVEL_STAGED\x10\x02\x12\x13\n\x0fLEVEL_PROTECTED\x10\x03\x12\x11\n\rLEVEL_DRAINED\x10\x04\x12\x0e\n\nLEVEL_DEAD\x10\x05\x12\x0f\n\x0bLEVEL_FREED\x10\x06\x12\x16\n\x12LEVEL_DRAIN_FAILED\x10\x07\x12\x18\n\x14LEVEL_PROTECT_FAILED\x10\x08\x12\x15\n\x11LEVEL_PARITY_LOST\x10\t2Y\n\x12\x43oordinatorService\x12\x43\n\x06Report\x12\x1b.ckptd_api.v1.ReportRequest\x1a\x1c.ckptd_api.v1.ReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ckptd_api.v1.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEVEL']._serialized_start=720
-  _globals['_LEVEL']._serialized_end=882
+  _globals['_LEVEL']._serialized_start=810
+  _globals['_LEVEL']._serialized_end=1021
   _globals['_ARRAYWRITTEN']._serialized_start=74
   _globals['_ARRAYWRITTEN']._serialized_end=139
   _globals['_PROGRESS']._serialized_start=142
-  _globals['_PROGRESS']._serialized_end=367
-  _globals['_PACE']._serialized_start=369
-  _globals['_PACE']._serialized_end=448
-  _globals['_REPORTREQUEST']._serialized_start=451
-  _globals['_REPORTREQUEST']._serialized_end=653
-  _globals['_REPORTRESPONSE']._serialized_start=655
-  _globals['_REPORTRESPONSE']._serialized_end=717
-  _globals['_COORDINATORSERVICE']._serialized_start=884
-  _globals['_COORDINATORSERVICE']._serialized_end=973
+  _globals['_PROGRESS']._serialized_end=439
+  _globals['_PACE']._serialized_start=441
+  _globals['_PACE']._serialized_end=520
+  _globals['_REPORTREQUEST']._serialized_start=523
+  _globals['_REPORTREQUEST']._serialized_end=725
+  _globals['_REPORTRESPONSE']._serialized_start=727
+  _globals['_REPORTRESPONSE']._serialized_end=807
+  _globals['_COORDINATORSERVICE']._serialized_start=1023
+  _globals['_COORDINATORSERVICE']._serialized_end=1112
 # @@protoc_insertion_point(module_scope)

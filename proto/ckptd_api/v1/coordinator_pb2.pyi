@@ -35,6 +35,10 @@ class _LevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Level.ValueType
     LEVEL_FREED: _Level.ValueType  # 6
     LEVEL_DRAIN_FAILED: _Level.ValueType  # 7
     """The drain of this step is given up."""
+    LEVEL_PROTECT_FAILED: _Level.ValueType  # 8
+    """The parity of this snapshot cannot be made on this node."""
+    LEVEL_PARITY_LOST: _Level.ValueType  # 9
+    """The parity reported before is not there any more."""
 
 class Level(_Level, metaclass=_LevelEnumTypeWrapper): ...
 
@@ -47,6 +51,10 @@ LEVEL_DEAD: Level.ValueType  # 5
 LEVEL_FREED: Level.ValueType  # 6
 LEVEL_DRAIN_FAILED: Level.ValueType  # 7
 """The drain of this step is given up."""
+LEVEL_PROTECT_FAILED: Level.ValueType  # 8
+"""The parity of this snapshot cannot be made on this node."""
+LEVEL_PARITY_LOST: Level.ValueType  # 9
+"""The parity reported before is not there any more."""
 Global___Level: _TypeAlias = Level  # noqa: Y015
 
 @_typing.final
@@ -90,6 +98,8 @@ class Progress(_message.Message):
     ARRAYS_FIELD_NUMBER: _builtins.int
     INDEX_BYTES_FIELD_NUMBER: _builtins.int
     INDEX_CRC_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ROSTER_VERSION_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     step: _builtins.int
     level: Global___Level.ValueType
@@ -97,11 +107,17 @@ class Progress(_message.Message):
     reason: _builtins.str
     error: _builtins.str
     tier: _builtins.str
-    """With LEVEL_DRAINED."""
+    """With LEVEL_DRAINED: a shared tier that the rank is written to; "": all of its tiers are."""
     index_bytes: _builtins.int
     index_crc: _builtins.int
+    roster_version: _builtins.int
+    """With LEVEL_BEGUN and LEVEL_STAGED: the version of the roster that the shard was begun with."""
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArrayWritten]: ...
+    @_builtins.property
+    def incarnation(self) -> _types_pb2.Incarnation:
+        """With LEVEL_PROTECTED, LEVEL_PROTECT_FAILED and LEVEL_PARITY_LOST, which speak for the node: rank is its lowest."""
+
     def __init__(
         self,
         *,
@@ -115,10 +131,12 @@ class Progress(_message.Message):
         arrays: _abc.Iterable[Global___ArrayWritten] | None = ...,
         index_bytes: _builtins.int = ...,
         index_crc: _builtins.int = ...,
+        incarnation: _types_pb2.Incarnation | None = ...,
+        roster_version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "error", b"error", "index_bytes", b"index_bytes", "index_crc", b"index_crc", "is_persisted", b"is_persisted", "level", b"level", "rank", b"rank", "reason", b"reason", "step", b"step", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "error", b"error", "incarnation", b"incarnation", "index_bytes", b"index_bytes", "index_crc", b"index_crc", "is_persisted", b"is_persisted", "level", b"level", "rank", b"rank", "reason", b"reason", "roster_version", b"roster_version", "step", b"step", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,16 +218,20 @@ class ReportResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WATERMARKS_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    instance: _builtins.int
+    """Of the coordinator's process: a new one must be told everything again."""
     @_builtins.property
     def watermarks(self) -> _types_pb2.Watermarks: ...
     def __init__(
         self,
         *,
         watermarks: _types_pb2.Watermarks | None = ...,
+        instance: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["watermarks", b"watermarks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["watermarks", b"watermarks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "watermarks", b"watermarks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

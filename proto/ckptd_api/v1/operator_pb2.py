@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from ckptd_api.v1 import types_pb2 as ckptd__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63kptd_api/v1/operator.proto\x12\x0c\x63kptd_api.v1\x1a\x18\x63kptd_api/v1/types.proto\"\x12\n\x10GetStatusRequest\"\x94\x01\n\nSlotStatus\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12*\n\x08snapshot\x18\x05 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06leases\x18\x07 \x01(\r\"M\n\nTierStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x12\n\nis_healthy\x18\x03 \x01(\x08\x12\x0f\n\x07problem\x18\x04 \x01(\t\"6\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\r\n\x05state\x18\x03 \x01(\t\"\x93\x02\n\tRunStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x16\n\x0eis_coordinator\x18\x05 \x01(\x08\x12,\n\nwatermarks\x18\x06 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\x12\'\n\x05ranks\x18\x07 \x03(\x0b\x32\x18.ckptd_api.v1.RankStatus\x12\r\n\x05state\x18\x08 \x01(\t\x12(\n\x06parent\x18\t \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\"\xa9\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x06\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\'\n\x05slots\x18\x07 \x03(\x0b\x32\x18.ckptd_api.v1.SlotStatus\x12%\n\x04runs\x18\x08 \x03(\x0b\x32\x17.ckptd_api.v1.RunStatus\x12\'\n\x05tiers\x18\t \x03(\x0b\x32\x18.ckptd_api.v1.TierStatus\x12\x10\n\x08problems\x18\n \x03(\t\x12\x0b\n\x03pid\x18\x0b \x01(\x03\x12\r\n\x05\x61rena\x18\x0c \x01(\t\"%\n\x16ListCheckpointsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\xcf\x01\n\rCheckpointRow\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x14\n\x0c\x63reated_at_s\x18\x07 \x01(\x01\x12(\n\x06parent\x18\x08 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\"D\n\x17ListCheckpointsResponse\x12)\n\x04rows\x18\x01 \x03(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\"2\n\x15ShowCheckpointRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"M\n\tTensorRow\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0cglobal_shape\x18\x03 \x03(\x04\x12\r\n\x05ranks\x18\x04 \x03(\r\"o\n\x16ShowCheckpointResponse\x12+\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.ckptd_api.v1.TensorRow\"8\n\rVerifyRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_step\"V\n\x07\x46inding\x12\x0e\n\x06source\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0f\n\x07problem\x18\x03 \x01(\t\"z\n\x0eVerifyResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\x16\n\x0e\x63opies_checked\x18\x03 \x01(\r\x12\'\n\x08\x66indings\x18\x04 \x03(\x0b\x32\x15.ckptd_api.v1.Finding\"B\n\x0cPruneRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tis_finish\x18\x02 \x01(\x08\x12\x12\n\nis_applied\x18\x03 \x01(\x08\"~\n\x0bPruneAction\x12\x0c\n\x04verb\x18\x01 \x01(\t\x12/\n\ncheckpoint\x18\x02 \x01(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07is_done\x18\x04 \x01(\x08\x12\x0f\n\x07problem\x18\x05 \x01(\t\";\n\rPruneResponse\x12*\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x19.ckptd_api.v1.PruneAction2\xa5\x03\n\x0fOperatorService\x12L\n\tGetStatus\x12\x1e.ckptd_api.v1.GetStatusRequest\x1a\x1f.ckptd_api.v1.GetStatusResponse\x12^\n\x0fListCheckpoints\x12$.ckptd_api.v1.ListCheckpointsRequest\x1a%.ckptd_api.v1.ListCheckpointsResponse\x12[\n\x0eShowCheckpoint\x12#.ckptd_api.v1.ShowCheckpointRequest\x1a$.ckptd_api.v1.ShowCheckpointResponse\x12\x45\n\x06Verify\x12\x1b.ckptd_api.v1.VerifyRequest\x1a\x1c.ckptd_api.v1.VerifyResponse0\x01\x12@\n\x05Prune\x12\x1a.ckptd_api.v1.PruneRequest\x1a\x1b.ckptd_api.v1.PruneResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63kptd_api/v1/operator.proto\x12\x0c\x63kptd_api.v1\x1a\x18\x63kptd_api/v1/types.proto\"\x12\n\x10GetStatusRequest\"\x94\x01\n\nSlotStatus\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12*\n\x08snapshot\x18\x05 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06leases\x18\x07 \x01(\r\"M\n\nTierStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x12\n\nis_healthy\x18\x03 \x01(\x08\x12\x0f\n\x07problem\x18\x04 \x01(\t\"6\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\r\n\x05state\x18\x03 \x01(\t\"\xef\x02\n\tRunStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x16\n\x0eis_coordinator\x18\x05 \x01(\x08\x12,\n\nwatermarks\x18\x06 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\x12\'\n\x05ranks\x18\x07 \x03(\x0b\x32\x18.ckptd_api.v1.RankStatus\x12\r\n\x05state\x18\x08 \x01(\t\x12(\n\x06parent\x18\t \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12)\n\x06groups\x18\n \x03(\x0b\x32\x19.ckptd_api.v1.GroupStatus\x12\x17\n\x0fprotection_note\x18\x0b \x01(\t\x12\x16\n\x0eroster_version\x18\x0c \x01(\x04\"5\n\x0bGroupStatus\x12\t\n\x01k\x18\x01 \x01(\r\x12\t\n\x01m\x18\x02 \x01(\r\x12\x10\n\x08node_ids\x18\x03 \x03(\t\"\x99\x01\n\x0cParityStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x10\n\x08geometry\x18\x03 \x01(\t\x12\x0e\n\x06stripe\x18\x04 \x01(\r\x12\x0b\n\x03row\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\"\xd5\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x06\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\'\n\x05slots\x18\x07 \x03(\x0b\x32\x18.ckptd_api.v1.SlotStatus\x12%\n\x04runs\x18\x08 \x03(\x0b\x32\x17.ckptd_api.v1.RunStatus\x12\'\n\x05tiers\x18\t \x03(\x0b\x32\x18.ckptd_api.v1.TierStatus\x12\x10\n\x08problems\x18\n \x03(\t\x12\x0b\n\x03pid\x18\x0b \x01(\x03\x12\r\n\x05\x61rena\x18\x0c \x01(\t\x12*\n\x06parity\x18\r \x03(\x0b\x32\x1a.ckptd_api.v1.ParityStatus\"%\n\x16ListCheckpointsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\xcf\x01\n\rCheckpointRow\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x14\n\x0c\x63reated_at_s\x18\x07 \x01(\x01\x12(\n\x06parent\x18\x08 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\"D\n\x17ListCheckpointsResponse\x12)\n\x04rows\x18\x01 \x03(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\"2\n\x15ShowCheckpointRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"M\n\tTensorRow\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0cglobal_shape\x18\x03 \x03(\x04\x12\r\n\x05ranks\x18\x04 \x03(\r\"o\n\x16ShowCheckpointResponse\x12+\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.ckptd_api.v1.TensorRow\"8\n\rVerifyRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_step\"V\n\x07\x46inding\x12\x0e\n\x06source\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0f\n\x07problem\x18\x03 \x01(\t\"z\n\x0eVerifyResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\x16\n\x0e\x63opies_checked\x18\x03 \x01(\r\x12\'\n\x08\x66indings\x18\x04 \x03(\x0b\x32\x15.ckptd_api.v1.Finding\"B\n\x0cPruneRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tis_finish\x18\x02 \x01(\x08\x12\x12\n\nis_applied\x18\x03 \x01(\x08\"~\n\x0bPruneAction\x12\x0c\n\x04verb\x18\x01 \x01(\t\x12/\n\ncheckpoint\x18\x02 \x01(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07is_done\x18\x04 \x01(\x08\x12\x0f\n\x07problem\x18\x05 \x01(\t\";\n\rPruneResponse\x12*\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x19.ckptd_api.v1.PruneAction2\xa5\x03\n\x0fOperatorService\x12L\n\tGetStatus\x12\x1e.ckptd_api.v1.GetStatusRequest\x1a\x1f.ckptd_api.v1.GetStatusResponse\x12^\n\x0fListCheckpoints\x12$.ckptd_api.v1.ListCheckpointsRequest\x1a%.ckptd_api.v1.ListCheckpointsResponse\x12[\n\x0eShowCheckpoint\x12#.ckptd_api.v1.ShowCheckpointRequest\x1a$.ckptd_api.v1.ShowCheckpointResponse\x12\x45\n\x06Verify\x12\x1b.ckptd_api.v1.VerifyRequest\x1a\x1c.ckptd_api.v1.VerifyResponse0\x01\x12@\n\x05Prune\x12\x1a.ckptd_api.v1.PruneRequest\x1a\x1b.ckptd_api.v1.PruneResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,33 +41,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKSTATUS']._serialized_start=321
   _globals['_RANKSTATUS']._serialized_end=375
   _globals['_RUNSTATUS']._serialized_start=378
-  _globals['_RUNSTATUS']._serialized_end=653
-  _globals['_GETSTATUSRESPONSE']._serialized_start=656
-  _globals['_GETSTATUSRESPONSE']._serialized_end=953
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=955
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=992
-  _globals['_CHECKPOINTROW']._serialized_start=995
-  _globals['_CHECKPOINTROW']._serialized_end=1202
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1204
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1272
-  _globals['_SHOWCHECKPOINTREQUEST']._serialized_start=1274
-  _globals['_SHOWCHECKPOINTREQUEST']._serialized_end=1324
-  _globals['_TENSORROW']._serialized_start=1326
-  _globals['_TENSORROW']._serialized_end=1403
-  _globals['_SHOWCHECKPOINTRESPONSE']._serialized_start=1405
-  _globals['_SHOWCHECKPOINTRESPONSE']._serialized_end=1516
-  _globals['_VERIFYREQUEST']._serialized_start=1518
-  _globals['_VERIFYREQUEST']._serialized_end=1574
-  _globals['_FINDING']._serialized_start=1576
-  _globals['_FINDING']._serialized_end=1662
-  _globals['_VERIFYRESPONSE']._serialized_start=1664
-  _globals['_VERIFYRESPONSE']._serialized_end=1786
-  _globals['_PRUNEREQUEST']._serialized_start=1788
-  _globals['_PRUNEREQUEST']._serialized_end=1854
-  _globals['_PRUNEACTION']._serialized_start=1856
-  _globals['_PRUNEACTION']._serialized_end=1982
-  _globals['_PRUNERESPONSE']._serialized_start=1984
-  _globals['_PRUNERESPONSE']._serialized_end=2043
-  _globals['_OPERATORSERVICE']._serialized_start=2046
-  _globals['_OPERATORSERVICE']._serialized_end=2467
+  _globals['_RUNSTATUS']._serialized_end=745
+  _globals['_GROUPSTATUS']._serialized_start=747
+  _globals['_GROUPSTATUS']._serialized_end=800
+  _globals['_PARITYSTATUS']._serialized_start=803
+  _globals['_PARITYSTATUS']._serialized_end=956
+  _globals['_GETSTATUSRESPONSE']._serialized_start=959
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1300
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1302
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1339
+  _globals['_CHECKPOINTROW']._serialized_start=1342
+  _globals['_CHECKPOINTROW']._serialized_end=1549
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1551
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1619
+  _globals['_SHOWCHECKPOINTREQUEST']._serialized_start=1621
+  _globals['_SHOWCHECKPOINTREQUEST']._serialized_end=1671
+  _globals['_TENSORROW']._serialized_start=1673
+  _globals['_TENSORROW']._serialized_end=1750
+  _globals['_SHOWCHECKPOINTRESPONSE']._serialized_start=1752
+  _globals['_SHOWCHECKPOINTRESPONSE']._serialized_end=1863
+  _globals['_VERIFYREQUEST']._serialized_start=1865
+  _globals['_VERIFYREQUEST']._serialized_end=1921
+  _globals['_FINDING']._serialized_start=1923
+  _globals['_FINDING']._serialized_end=2009
+  _globals['_VERIFYRESPONSE']._serialized_start=2011
+  _globals['_VERIFYRESPONSE']._serialized_end=2133
+  _globals['_PRUNEREQUEST']._serialized_start=2135
+  _globals['_PRUNEREQUEST']._serialized_end=2201
+  _globals['_PRUNEACTION']._serialized_start=2203
+  _globals['_PRUNEACTION']._serialized_end=2329
+  _globals['_PRUNERESPONSE']._serialized_start=2331
+  _globals['_PRUNERESPONSE']._serialized_end=2390
+  _globals['_OPERATORSERVICE']._serialized_start=2393
+  _globals['_OPERATORSERVICE']._serialized_end=2814
 # @@protoc_insertion_point(module_scope)

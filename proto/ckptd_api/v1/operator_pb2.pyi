@@ -139,12 +139,18 @@ class RunStatus(_message.Message):
     RANKS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    PROTECTION_NOTE_FIELD_NUMBER: _builtins.int
+    ROSTER_VERSION_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     world_size: _builtins.int
     owner: _builtins.str
     is_coordinator: _builtins.bool
     state: _builtins.str
     """"active", "draining", "idle" (its ranks are gone), "ended"."""
+    protection_note: _builtins.str
+    """Why the run has less protection than was asked for, "" otherwise."""
+    roster_version: _builtins.int
     @_builtins.property
     def incarnation(self) -> _types_pb2.Incarnation: ...
     @_builtins.property
@@ -153,6 +159,8 @@ class RunStatus(_message.Message):
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankStatus]: ...
     @_builtins.property
     def parent(self) -> _types_pb2.SnapshotId: ...
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupStatus]: ...
     def __init__(
         self,
         *,
@@ -165,14 +173,83 @@ class RunStatus(_message.Message):
         ranks: _abc.Iterable[Global___RankStatus] | None = ...,
         state: _builtins.str = ...,
         parent: _types_pb2.SnapshotId | None = ...,
+        groups: _abc.Iterable[Global___GroupStatus] | None = ...,
+        protection_note: _builtins.str = ...,
+        roster_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "parent", b"parent", "watermarks", b"watermarks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "is_coordinator", b"is_coordinator", "owner", b"owner", "parent", b"parent", "ranks", b"ranks", "run", b"run", "state", b"state", "watermarks", b"watermarks", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "incarnation", b"incarnation", "is_coordinator", b"is_coordinator", "owner", b"owner", "parent", b"parent", "protection_note", b"protection_note", "ranks", b"ranks", "roster_version", b"roster_version", "run", b"run", "state", b"state", "watermarks", b"watermarks", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunStatus: _TypeAlias = RunStatus  # noqa: Y015
+
+@_typing.final
+class GroupStatus(_message.Message):
+    """A parity group: any tolerance of its nodes may be lost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    K_FIELD_NUMBER: _builtins.int
+    M_FIELD_NUMBER: _builtins.int
+    NODE_IDS_FIELD_NUMBER: _builtins.int
+    k: _builtins.int
+    m: _builtins.int
+    @_builtins.property
+    def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        k: _builtins.int = ...,
+        m: _builtins.int = ...,
+        node_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "m", b"m", "node_ids", b"node_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupStatus: _TypeAlias = GroupStatus  # noqa: Y015
+
+@_typing.final
+class ParityStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    GEOMETRY_FIELD_NUMBER: _builtins.int
+    STRIPE_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    geometry: _builtins.str
+    stripe: _builtins.int
+    row: _builtins.int
+    state: _builtins.str
+    size_bytes: _builtins.int
+    @_builtins.property
+    def snapshot(self) -> _types_pb2.SnapshotId: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        snapshot: _types_pb2.SnapshotId | None = ...,
+        geometry: _builtins.str = ...,
+        stripe: _builtins.int = ...,
+        row: _builtins.int = ...,
+        state: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry", "row", b"row", "run", b"run", "size_bytes", b"size_bytes", "snapshot", b"snapshot", "state", b"state", "stripe", b"stripe"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParityStatus: _TypeAlias = ParityStatus  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
@@ -190,6 +267,7 @@ class GetStatusResponse(_message.Message):
     PROBLEMS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     ARENA_FIELD_NUMBER: _builtins.int
+    PARITY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     instance: _builtins.int
     node_id: _builtins.str
@@ -208,6 +286,8 @@ class GetStatusResponse(_message.Message):
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Conditions that make the daemon less than whole, e.g. "no new slots: ..."."""
 
+    @_builtins.property
+    def parity(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParityStatus]: ...
     def __init__(
         self,
         *,
@@ -223,10 +303,11 @@ class GetStatusResponse(_message.Message):
         problems: _abc.Iterable[_builtins.str] | None = ...,
         pid: _builtins.int = ...,
         arena: _builtins.str = ...,
+        parity: _abc.Iterable[Global___ParityStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arena", b"arena", "instance", b"instance", "memory_bytes", b"memory_bytes", "node_id", b"node_id", "pid", b"pid", "problems", b"problems", "runs", b"runs", "slots", b"slots", "tiers", b"tiers", "used_bytes", b"used_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arena", b"arena", "instance", b"instance", "memory_bytes", b"memory_bytes", "node_id", b"node_id", "parity", b"parity", "pid", b"pid", "problems", b"problems", "runs", b"runs", "slots", b"slots", "tiers", b"tiers", "used_bytes", b"used_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -134,9 +134,15 @@ class Roster(_message.Message):
     INCARNATION_ID_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    PROTECT_FIELD_NUMBER: _builtins.int
+    FROM_STEP_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     incarnation_id: _builtins.int
     block_bytes: _builtins.int
+    protect: _builtins.str
+    """The wished geometry: "k+m", "auto" or "off"."""
+    from_step: _builtins.int
+    """The first step that this version is for."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___RosterEntry]: ...
     def __init__(
@@ -146,10 +152,12 @@ class Roster(_message.Message):
         incarnation_id: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
         entries: _abc.Iterable[Global___RosterEntry] | None = ...,
+        protect: _builtins.str = ...,
+        from_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "entries", b"entries", "incarnation_id", b"incarnation_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "entries", b"entries", "from_step", b"from_step", "incarnation_id", b"incarnation_id", "protect", b"protect", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -261,6 +269,30 @@ class StepOutcome(_message.Message):
 Global___StepOutcome: _TypeAlias = StepOutcome  # noqa: Y015
 
 @_typing.final
+class Adoption(_message.Message):
+    """A rank whose shard another node drains."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    node_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        node_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_id", b"node_id", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adoption: _TypeAlias = Adoption  # noqa: Y015
+
+@_typing.final
 class Watermarks(_message.Message):
     """What a run knows of itself: the newest step staged, protected, durable everywhere; dead steps; the schedule.
     optional: absent until there is one.
@@ -276,18 +308,48 @@ class Watermarks(_message.Message):
     SCHEDULE_FIELD_NUMBER: _builtins.int
     ROSTER_VERSION_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    PROTECTING_FIELD_NUMBER: _builtins.int
+    PARITY_OF_FIELD_NUMBER: _builtins.int
+    NOT_PROTECTED_FIELD_NUMBER: _builtins.int
+    LOSSES_TOLERATED_FIELD_NUMBER: _builtins.int
+    SILENT_NODES_FIELD_NUMBER: _builtins.int
+    ADOPTIONS_FIELD_NUMBER: _builtins.int
     staged: _builtins.int
     protected: _builtins.int
     durable: _builtins.int
     roster_version: _builtins.int
     draining: _builtins.int
     """The step being drained to the tiers, while there is one."""
+    losses_tolerated: _builtins.int
+    """How many more nodes may be lost, whichever they are, with the newest protected snapshot still whole; negative when
+    it is not whole now. Absent while nothing is protected.
+    """
     @_builtins.property
     def dead(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepOutcome]: ...
     @_builtins.property
     def not_durable(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepOutcome]: ...
     @_builtins.property
     def schedule(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScheduleEntry]: ...
+    @_builtins.property
+    def protecting(self) -> Global___SnapshotId:
+        """The snapshot whose parity is being made, while there is one; of an older incarnation after a restore."""
+
+    @_builtins.property
+    def parity_of(self) -> Global___SnapshotId:
+        """The newest snapshot whose parity is in place everywhere; protected is its step when it is of this incarnation."""
+
+    @_builtins.property
+    def not_protected(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepOutcome]:
+        """Steps that will not be protected, and why."""
+
+    @_builtins.property
+    def silent_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that the coordinator has not heard of for a while."""
+
+    @_builtins.property
+    def adoptions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adoption]:
+        """Shards to be drained by a survivor, from reconstruction: their node is gone."""
+
     def __init__(
         self,
         *,
@@ -299,15 +361,23 @@ class Watermarks(_message.Message):
         schedule: _abc.Iterable[Global___ScheduleEntry] | None = ...,
         roster_version: _builtins.int = ...,
         draining: _builtins.int | None = ...,
+        protecting: Global___SnapshotId | None = ...,
+        parity_of: Global___SnapshotId | None = ...,
+        not_protected: _abc.Iterable[Global___StepOutcome] | None = ...,
+        losses_tolerated: _builtins.int | None = ...,
+        silent_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        adoptions: _abc.Iterable[Global___Adoption] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_protected", b"_protected", "_staged", b"_staged", "draining", b"draining", "durable", b"durable", "protected", b"protected", "staged", b"staged"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_losses_tolerated", b"_losses_tolerated", "_protected", b"_protected", "_staged", b"_staged", "draining", b"draining", "durable", b"durable", "losses_tolerated", b"losses_tolerated", "parity_of", b"parity_of", "protected", b"protected", "protecting", b"protecting", "staged", b"staged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_protected", b"_protected", "_staged", b"_staged", "dead", b"dead", "draining", b"draining", "durable", b"durable", "not_durable", b"not_durable", "protected", b"protected", "roster_version", b"roster_version", "schedule", b"schedule", "staged", b"staged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_losses_tolerated", b"_losses_tolerated", "_protected", b"_protected", "_staged", b"_staged", "adoptions", b"adoptions", "dead", b"dead", "draining", b"draining", "durable", b"durable", "losses_tolerated", b"losses_tolerated", "not_durable", b"not_durable", "not_protected", b"not_protected", "parity_of", b"parity_of", "protected", b"protected", "protecting", b"protecting", "roster_version", b"roster_version", "schedule", b"schedule", "silent_nodes", b"silent_nodes", "staged", b"staged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__draining: _TypeAlias = _typing.Literal["draining"]  # noqa: Y015
     _WhichOneofArgType__draining: _TypeAlias = _typing.Literal["_draining", b"_draining"]  # noqa: Y015
     _WhichOneofReturnType__durable: _TypeAlias = _typing.Literal["durable"]  # noqa: Y015
     _WhichOneofArgType__durable: _TypeAlias = _typing.Literal["_durable", b"_durable"]  # noqa: Y015
+    _WhichOneofReturnType__losses_tolerated: _TypeAlias = _typing.Literal["losses_tolerated"]  # noqa: Y015
+    _WhichOneofArgType__losses_tolerated: _TypeAlias = _typing.Literal["_losses_tolerated", b"_losses_tolerated"]  # noqa: Y015
     _WhichOneofReturnType__protected: _TypeAlias = _typing.Literal["protected"]  # noqa: Y015
     _WhichOneofArgType__protected: _TypeAlias = _typing.Literal["_protected", b"_protected"]  # noqa: Y015
     _WhichOneofReturnType__staged: _TypeAlias = _typing.Literal["staged"]  # noqa: Y015
@@ -316,6 +386,8 @@ class Watermarks(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__draining) -> _WhichOneofReturnType__draining | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__durable) -> _WhichOneofReturnType__durable | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__losses_tolerated) -> _WhichOneofReturnType__losses_tolerated | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__protected) -> _WhichOneofReturnType__protected | None: ...
     @_typing.overload

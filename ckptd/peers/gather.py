@@ -1,0 +1,95 @@
+"""The same blocks of several pieces, side by side: what encoding and reconstruction read.
+
+Layer: ``peers``. Invariants: every block is checked against the CRC it came with before anybody sees it; memory is
+one batch a piece; pieces are read in step, so the slowest decides. Nothing is retried here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckptd.errors import Corrupt
+from ckptd.format.blocks import find_corrupt_block
+from ckptd.memory import Bytes
+from ckptd.peers.rate import TokenBucket
+from ckptd.peers.shelf import Blocks
+from ckptd.peers.transport import Piece, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one fragment of a stripe comes from.
+
+    Attributes:
+        transport: what fetches it.
+        address: the daemon that holds it.
+        name: what to call it in messages.
+        piece: what it is part of.
+        first: block of ``piece`` at which the fragment begins.
+        blocks: blocks that are there; beyond them the fragment is zeros, and zeros are not sent.
+    """
+
+    transport: Transport
+    address: str
+    name: str
+    piece: Piece
+    first: int
+    blocks: int
+
+
+def gather(
+    sources: Sequence[Source | None], first: int, blocks: int, batch: int, block_bytes: int, bucket: TokenBucket
+) -> Iterator[tuple[int, int, list[Bytes | None]]]:
+    """(first block, number of blocks, bytes of each source) for blocks ``first .. first + blocks - 1``, ``batch`` at a
+    time. None stands for zeros. The bytes are valid until the next are asked for.
+
+    Raises:
+        Corrupt: a block does not match its CRC; names the source.
+        CkptdError: a source cannot be read.
+    """
+    with ExitStack() as stack:
+        readers = [_open(source, first, blocks, batch, stack) for source in sources]
+        padded = [np.zeros(0, np.uint8)] * len(sources)
+        for at in range(first, first + blocks, batch):
+            count = min(batch, first + blocks - at)
+            columns: list[Bytes | None] = []
+            due = [_there(source, at, count) for source in sources]
+            bucket.take(sum(due) * block_bytes)
+            for number, (source, reader, there) in enumerate(zip(sources, readers, due, strict=True)):
+                if source is None or reader is None or not there:
+                    columns.append(None)
+                    continue
+                data = _checked(source, reader(), there, block_bytes)
+                if there < count:
+                    padded[number] = np.zeros(count * block_bytes, np.uint8)
+                    padded[number][: len(data)] = data
+                    data = padded[number]
+                columns.append(data)
+            yield at, count, columns
+
+
+def _there(source: Source | None, at: int, count: int) -> int:
+    return max(0, min(count, source.blocks - at)) if source else 0
+
+
+def _open(
+    source: Source | None, first: int, blocks: int, batch: int, stack: ExitStack
+) -> Callable[[], Blocks | None] | None:
+    there = _there(source, first, blocks)
+    if source is None or not there:
+        return None
+    stream = source.transport.pull(source.address, source.piece, source.first + first, there, batch)
+    stack.enter_context(closing(stream))
+    return lambda: next(stream, None)
+
+
+def _checked(source: Source, blocks: Blocks | None, wanted: int, block_bytes: int) -> Bytes:
+    if blocks is None or len(blocks.crcs) != wanted or len(blocks.data) != wanted * block_bytes:
+        raise Corrupt(f"{source.name} sent other blocks than were asked for")
+    if find_corrupt_block(blocks.data, block_bytes, blocks.crcs) is not None:
+        raise Corrupt(f"{source.name} sent a block that does not match its CRC-32C")
+    return np.frombuffer(blocks.data, np.uint8)

@@ -1,0 +1,75 @@
+"""Between a run's watermarks and the protector: what is to be protected, what came of it, which parity may go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from ckptd.arena.arena import Arena
+from ckptd.arena.recycle import RunMarks, why_kept
+from ckptd.erasure.groups import group_of
+from ckptd.format.slot import SlotState
+from ckptd.model import SnapshotId
+from ckptd.peers.protect import Protector, Task
+from ckptd.serve.node_run import NodeRun
+from ckptd_api.v1 import coordinator_pb2 as pb
+
+log = structlog.get_logger()
+
+
+class Protecting:
+    """See the module. ``marks_of(run)`` is what the recycle rule knows of a run."""
+
+    def __init__(self, arena: Arena, protector: Protector, marks_of: Callable[[str], RunMarks]) -> None:
+        self._arena = arena
+        self._protector = protector
+        self._marks_of = marks_of
+
+    def follow(self, run: NodeRun) -> None:
+        """The watermarks or the roster of ``run`` have changed."""
+        self.recycle(run.run)
+        snapshot = run.protecting_id()
+        wanted = (snapshot, run.roster.version) if snapshot else None
+        with run.changed:
+            if wanted == run.protecting:
+                return
+            run.protecting = wanted
+        group = group_of(run.groups, run.node_id)
+        if snapshot is None or wanted is None:
+            return
+        if group is None:
+            run.report(run.protection(pb.LEVEL_PROTECT_FAILED, snapshot, "this node is in no parity group"))
+            return
+
+        def report(problem: str | None) -> None:
+            if run.protecting != wanted:
+                return
+            level = pb.LEVEL_PROTECTED if problem is None else pb.LEVEL_PROTECT_FAILED
+            run.report(run.protection(level, snapshot, problem or ""))
+
+        self._protector.submit(
+            Task(
+                run=run.run,
+                snapshot=snapshot,
+                roster=run.roster,
+                group=group,
+                node_id=run.node_id,
+                is_wanted=lambda: run.protecting == wanted,
+                report=report,
+            )
+        )
+
+    def recycle(self, run: str) -> None:
+        """Free the parity of snapshots whose shards need not be kept either."""
+        marks = self._marks_of(run)
+        held = {file.header.group.snapshot for file in self._arena.parity.sealed(run) if file.header}
+        self._arena.parity.recycle(run, {snapshot for snapshot in held if _is_kept(snapshot, marks)})
+
+    def withdraw(self, run: NodeRun, snapshot: SnapshotId, reason: str) -> None:
+        """Parity of ``snapshot`` that was reported in place is not there any more."""
+        run.report(run.protection(pb.LEVEL_PARITY_LOST, snapshot, reason))
+
+
+def _is_kept(snapshot: SnapshotId, marks: RunMarks) -> bool:
+    return why_kept(SlotState.SEALED, snapshot, is_leased=False, marks=marks) is not None
