@@ -10,13 +10,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heapreplace
+from itertools import groupby
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from ckptd.model import LARGEST_GROUP, Geometry, Roster
 
 CLUSTER_LABEL: Final = "nic"  # groups stay inside one network; members spread over the domains of every other label
 _AUTO_SIZE: Final = 10  # so one group below 20 nodes, then groups of 10 to 15
 _AUTO_DOUBLE_FROM: Final = 4  # nodes: below, half of the memory or more would go to a second parity
+
+_Domain = tuple[str, str]  # label and value
+_Costs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +49,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A node as placement sees it; ``place`` is its position in the order of lowest ranks."""
+    """A node as placement sees it; ``place`` is its position in the order of lowest ranks, ``domains`` are sorted."""
 
     place: int
     node_id: str
-    labels: Mapping[str, str]
+    network: str | None
+    domains: tuple[_Domain, ...]
     protect_max: str
 
 
@@ -130,22 +139,26 @@ def group_of(groups: Iterable[Group], node_id: str) -> Group | None:
 # --- the nodes ----------------------------------------------------------------------------------------------------
 def _nodes(roster: Roster) -> list[_Node]:
     ordered = replace(roster, entries=tuple(sorted(roster.entries, key=lambda entry: entry.rank)))
-    return [
-        _Node(place, node_id, dict(entry.domains), entry.protect_max)
-        for place, (node_id, entry) in enumerate(ordered.nodes.items())
-    ]
+    nodes = []
+    for place, (node_id, entry) in enumerate(ordered.nodes.items()):
+        labels = dict(entry.domains)
+        network = labels.pop(CLUSTER_LABEL, None)
+        nodes.append(_Node(place, node_id, network, tuple(sorted(labels.items())), entry.protect_max))
+    return nodes
 
 
 def _clusters(nodes: Sequence[_Node]) -> list[list[_Node]]:
     """The nodes by network, none alone where there are others; each cluster in the order of places."""
     by_network: dict[str | None, list[_Node]] = {}
     for node in nodes:
-        by_network.setdefault(node.labels.get(CLUSTER_LABEL), []).append(node)
-    clusters = list(by_network.values())
-    while len(clusters) > 1 and (single := next((c for c in clusters if len(c) == 1), None)):
-        clusters.remove(single)
-        min(clusters, key=len).extend(single)
-    return [sorted(cluster, key=lambda node: node.place) for cluster in clusters]
+        by_network.setdefault(node.network, []).append(node)
+    heap = [(len(cluster), at, cluster) for at, cluster in enumerate(by_network.values())]
+    heapify(heap)
+    while len(heap) > 1 and heap[0][0] == 1:
+        _, _, single = heappop(heap)
+        size, at, smallest = heap[0]
+        heapreplace(heap, (size + 1, at, smallest + single))
+    return [sorted(cluster, key=lambda node: node.place) for _, _, cluster in heap]
 
 
 # --- how many groups, of what tolerance ---------------------------------------------------------------------------
@@ -173,43 +186,79 @@ def _deal(cluster: Sequence[_Node], count: int) -> list[list[_Node]]:
     """``count`` groups of equal size but 1, the members of each in the order of places.
 
     Nodes are dealt domain by domain, each to the group where the fewest of its domains are overfull, then to the one
-    with the fewest nodes of its domains, then to the smallest.
+    with the fewest nodes of its domains, then to the smallest, then to the first. All groups are compared only where
+    the domains change. For a run of nodes alike, the cost of a group changes when it gets one, and only grows: those to
+    choose from are as many of the cheapest as there are nodes, in a heap.
     """
-    sizes = Counter(domain for node in cluster for domain in _domains(node))
+    sizes = Counter(domain for node in cluster for domain in node.domains)
+    shared = [domain for domain, size in sizes.items() if size > 1]  # a domain of one node decides nothing
+    row = {domain: at for at, domain in enumerate(shared)}
+    most = np.array([-(-sizes[domain] // count) for domain in shared], np.int64)
+    held = np.zeros((len(shared), count), np.uint8)  # nodes of each domain in each group
+    filled = np.zeros(count, np.int64)
     full, larger = divmod(len(cluster), count)
     groups: list[list[_Node]] = [[] for _ in range(count)]
-    held: list[Counter[tuple[str, str]]] = [Counter() for _ in range(count)]
-    for node in _domain_by_domain(cluster, sizes):
-        domains = _domains(node)
-        room = full + (sum(len(group) > full for group in groups) < larger)
-        chosen = min(
-            (at for at in range(count) if len(groups[at]) < room),
-            key=lambda at: (
-                sum(held[at][domain] >= -(-sizes[domain] // count) for domain in domains),
-                sum(held[at][domain] for domain in domains),
-                len(groups[at]),
-                at,
-            ),
-        )
-        groups[chosen].append(node)
-        held[chosen].update(domains)
+
+    def rows_of(node: _Node) -> list[int]:
+        return [row[domain] for domain in node.domains if domain in row]
+
+    for rows, alike in groupby(_domain_by_domain(cluster, sizes), rows_of):
+        share, overfull = _weights(len(rows), count)
+        waiting = list(alike)[::-1]
+        while waiting:
+            room = full + (larger > 0)
+            heap = _cheapest(_costs(held[rows], most[rows], filled)[filled < room], len(waiting))
+            while waiting and room == full + (larger > 0):
+                cost = heap[0]
+                at = cost % count
+                groups[at].append(waiting.pop())
+                filled[at] += 1
+                for domain in rows:
+                    held[domain, at] += 1
+                    cost += share + overfull * bool(held[domain, at] == most[domain])
+                larger -= len(groups[at]) > full
+                if len(groups[at]) == room:
+                    heappop(heap)
+                else:
+                    heapreplace(heap, cost + count)
     return [sorted(group, key=lambda node: node.place) for group in groups]
 
 
-def _domains(node: _Node) -> list[tuple[str, str]]:
-    return [domain for domain in node.labels.items() if domain[0] != CLUSTER_LABEL]
+def _weights(domains: int, count: int) -> tuple[int, int]:
+    """Of ``count`` groups, what each node of one of ``domains`` domains adds to the cost of a group, and what each
+    overfull domain adds: they are digits of one number, (overfull domains, nodes of the domains, members, index)."""
+    share = (LARGEST_GROUP + 1) * count
+    return share, share * (LARGEST_GROUP * domains + 1)
 
 
-def _domain_by_domain(cluster: Sequence[_Node], sizes: Mapping[tuple[str, str], int]) -> list[_Node]:
+def _costs(held: npt.NDArray[np.uint8], most: npt.NDArray[np.int64], filled: npt.NDArray[np.int64]) -> _Costs:
+    """What each group costs a node of some domains, no two the same; ``held`` (domains, groups) and ``most`` (domains)
+    are of those domains, ``filled`` is the members of each group."""
+    count = len(filled)
+    share, overfull = _weights(len(most), count)
+    nodes, violations = held.sum(axis=0, dtype=np.int64), (held >= most[:, None]).sum(axis=0, dtype=np.int64)
+    costs: _Costs = violations * overfull + nodes * share + filled * count + np.arange(count)
+    return costs
+
+
+def _cheapest(costs: _Costs, wanted: int) -> list[int]:
+    """The lowest ``wanted`` of ``costs``, or all, in ascending order: a heap."""
+    some = np.partition(costs, wanted)[:wanted] if wanted < len(costs) else costs
+    cheapest: list[int] = np.sort(some).tolist()
+    return cheapest
+
+
+def _domain_by_domain(cluster: Sequence[_Node], sizes: Mapping[_Domain, int]) -> list[_Node]:
     """Nodes of one domain next to each other, the largest domains first; of several labels the coarsest decides."""
-    labels = sorted({label for label, _ in sizes}, key=lambda label: (sum(key == label for key, _ in sizes), label))
-    first: dict[tuple[str, str], int] = {}
+    domains_of = Counter(label for label, _ in sizes)
+    labels = sorted(domains_of, key=lambda label: (domains_of[label], label))
+    standing: dict[_Domain, tuple[int, int]] = {}
     for node in cluster:
-        for domain in _domains(node):
-            first.setdefault(domain, node.place)
+        for domain in node.domains:
+            standing.setdefault(domain, (-sizes[domain], node.place))
 
     def order(node: _Node) -> list[tuple[int, int]]:
-        domains = [(label, node.labels[label]) if label in node.labels else None for label in labels]
-        return [(-sizes[d], first[d]) if d else (-1, node.place) for d in domains] + [(0, node.place)]
+        standings = {domain[0]: standing[domain] for domain in node.domains}
+        return [standings.get(label, (-1, node.place)) for label in labels]
 
     return sorted(cluster, key=order)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ckptd.erasure import Group, explain, group_of, losses_tolerated, plan_groups
+from ckptd.erasure import Group, explain, group_of, groups, losses_tolerated, plan_groups
 from ckptd.errors import InvalidRequest
 from ckptd.model import LARGEST_GROUP, Geometry, Roster, RosterEntry
 
@@ -67,8 +68,9 @@ def check(wanted: Roster, planned: tuple[Group, ...]) -> None:
 
 def check_even(labels: Sequence[Mapping[str, str]], planned: tuple[Group, ...]) -> None:
     """Every group has its fair share of every domain, rounded up or down."""
+    held = [Counter(domain for place in places(group) for domain in labels[place].items()) for group in planned]
     for domain, size in Counter(domain for node in labels for domain in node.items()).items():
-        shares = [sum(domain in labels[place].items() for place in places(group)) for group in planned]
+        shares = [domains.get(domain, 0) for domains in held]
         assert size // len(planned) <= min(shares) <= max(shares) <= -(-size // len(planned)), (domain, shares)
 
 
@@ -180,6 +182,30 @@ def test_groups_are_of_nearly_equal_size_however_domains_cross(labels: list[dict
     assert max(group.n for group in planned) - min(group.n for group in planned) <= 1
 
 
+@given(st.lists(st.text("abc ", min_size=3, max_size=3), min_size=2), st.integers(1, 9))
+@example([" bc", " c ", "cad", "bee", "cc ", "  c", "  c"], 1)  # of nodes alike, one makes the last larger group
+@settings(max_examples=300, deadline=None)
+def test_every_node_goes_where_a_comparison_of_all_groups_sends_it(nodes: list[str], k: int) -> None:
+    labels = [{name: value for name, value in zip("xyz", node, strict=True) if value != " "} for node in nodes]
+    wanted = roster(len(labels), f"{k}+1", lambda node: labels[node])
+    sizes = Counter(domain for node in labels for domain in node.items())
+    planned = plan_groups(wanted)
+    count = len(planned)
+    full, larger = divmod(len(labels), count)
+    expected: list[list[int]] = [[] for _ in range(count)]
+    for node in groups._domain_by_domain(groups._nodes(wanted), sizes):
+        room = full + (sum(len(group) > full for group in expected) < larger)
+        held = [[sum(domain in labels[n].items() for n in group) for domain in node.domains] for group in expected]
+        fair = [-(-sizes[domain] // count) for domain in node.domains]
+        _, _, _, at = min(
+            (sum(h >= f for h, f in zip(held[at], fair, strict=True)), sum(held[at]), len(group), at)
+            for at, group in enumerate(expected)
+            if len(group) < room
+        )
+        expected[at].append(node.place)
+    assert [places(group) for group in planned] == sorted(sorted(group) for group in expected)
+
+
 @pytest.mark.parametrize(
     ("size", "nodes"),
     [
@@ -286,6 +312,41 @@ def test_ten_thousand_ranks_are_placed_quickly() -> None:
     planned = plan_groups(wanted)
     check(wanted, planned)
     assert len(planned) == 125
+
+
+@pytest.mark.parametrize("protect", ["auto", "1+1", "4+2", "14+2"])
+@pytest.mark.parametrize("widths", [{}, {"rack": 16}, {"row": 128, "rack": 16}], ids=lambda widths: "+".join(widths))
+def test_ten_thousand_nodes_are_placed_with_a_few_calls_a_node_however_many_groups(
+    protect: str, widths: Mapping[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = list(range(10_000))
+    random.Random(3).shuffle(nodes)
+    labels = [{label: f"{label}{node // width}" for label, width in widths.items()} for node in nodes]
+    wanted = roster(len(nodes), protect, lambda node: labels[node])
+    calls, compared, costs = 0, 0, groups._costs
+
+    def count_call(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    def count_comparison(*arguments):
+        nonlocal compared
+        compared += 1
+        return costs(*arguments)
+
+    monkeypatch.setattr(groups, "_costs", count_comparison)
+    before = sys.getprofile()
+    sys.setprofile(count_call)
+    try:
+        planned = plan_groups(wanted)
+    finally:
+        sys.setprofile(before)
+    assert calls < 60 * len(nodes)
+    assert compared <= max(1, len({node.get("rack") for node in labels})) + 1
+    check(wanted, planned)
+    check_even(labels, planned)
+    assert sum(group.n for group in planned) == len(nodes)
+    assert max(group.n for group in planned) - min(group.n for group in planned) <= 1
 
 
 # --- what is said of it -------------------------------------------------------------------------------------------
