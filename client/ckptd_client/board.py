@@ -1,8 +1,8 @@
 """Where ranks meet: the job's own key-value store. Every wait has a deadline and names the ranks that are missing.
 
 No collective and no process group: the default group's store, else a client of MASTER_ADDR/PORT, else (world size 1) a
-dictionary. Only ``set``, ``check`` and ``get`` of keys that exist are used: a blocking wait in a background thread
-would hold the store's lock against the training thread.
+dictionary. Only ``set``, ``add``, ``check`` and ``get`` of keys that exist are used: a blocking wait in a background
+thread would hold the store's lock against the training thread.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class Board(Protocol):
 
     def get(self, key: str) -> bytes | None: ...
 
+    def add(self, key: str, amount: int) -> int:
+        """Raise the counter ``key`` (from 0) at once for all; what it is now. ``get`` of it gives decimal digits."""
+        ...
+
 
 class LocalBoard:
     """The board of a job of one rank."""
@@ -45,6 +49,12 @@ class LocalBoard:
     def get(self, key: str) -> bytes | None:
         return self._values.get(key)
 
+    def add(self, key: str, amount: int) -> int:
+        with self._lock:
+            total = int(self._values.get(key, b"0")) + amount
+            self._values[key] = b"%d" % total
+            return total
+
 
 class StoreBoard:
     """A torch.distributed store; its errors are RendezvousTimeout (the store's host is gone)."""
@@ -58,6 +68,9 @@ class StoreBoard:
     def get(self, key: str) -> bytes | None:
         value: bytes | None = self._guard(lambda: bytes(self._store.get(key)) if self._store.check([key]) else None)
         return value
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._guard(lambda: self._store.add(key, amount)))
 
     @staticmethod
     def _guard(call: Callable[[], Any]) -> Any:
@@ -90,10 +103,17 @@ def find_board() -> tuple[Board, int, int]:
     return LocalBoard(), 0, 1
 
 
-def wait_for(board: Board, keys: Iterable[tuple[int, str]], deadline_s: float, what: str) -> dict[int, bytes]:
-    """The values of ``keys`` (rank, key) once all are there; RendezvousTimeout naming ``what`` and missing ranks."""
+def wait_for(
+    board: Board,
+    keys: Iterable[tuple[int, str]],
+    deadline_s: float,
+    what: str,
+    stop: threading.Event | None = None,
+) -> dict[int, bytes]:
+    """The values of ``keys`` (rank, key) once all are there; RendezvousTimeout naming ``what`` and the missing ranks at
+    the deadline, or once ``stop`` is set."""
     missing, found = dict(keys), {}
-    until, pause_s = time.monotonic() + deadline_s, _POLL_S
+    pauses, started = Pauses(deadline_s, _MAX_POLL_S, stop), time.monotonic()
     while True:
         for rank, key in list(missing.items()):
             if (value := board.get(key)) is not None:
@@ -101,8 +121,30 @@ def wait_for(board: Board, keys: Iterable[tuple[int, str]], deadline_s: float, w
                 del missing[rank]
         if not missing:
             return found
-        if time.monotonic() > until:
-            ranks = ", ".join(map(str, sorted(missing)[:16]))
-            raise RendezvousTimeout(f"{what}: no word from rank {ranks} within {deadline_s:g} s")
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.5, _MAX_POLL_S)
+        if not pauses.sleep():
+            waited_s = time.monotonic() - started
+            raise RendezvousTimeout(f"{what}: no word from rank {ranks_text(missing)} within {waited_s:.3g} s")
+
+
+class Pauses:
+    """The pauses of one wait: short at first, at most ``longest_s``, until ``deadline_s`` is over or ``stop`` set."""
+
+    def __init__(self, deadline_s: float, longest_s: float, stop: threading.Event | None = None) -> None:
+        self._until = time.monotonic() + deadline_s
+        self._longest_s = longest_s
+        self._stop = stop or threading.Event()
+        self._next_s = _POLL_S
+
+    def sleep(self) -> bool:
+        """Pause; False, at once, when the wait is over."""
+        if time.monotonic() > self._until or self._stop.wait(self._next_s):
+            return False
+        self._next_s = min(self._next_s * 1.5, self._longest_s)
+        return True
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """The first of ``ranks``, for a message."""
+    ordered = sorted(ranks)
+    shown = ", ".join(map(str, ordered[:16]))
+    return f"{shown} and {len(ordered) - 16} more" if len(ordered) > 16 else shown

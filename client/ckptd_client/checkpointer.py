@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
@@ -30,8 +29,9 @@ from ckptd.errors import (
     StepRepeated,
 )
 from ckptd.format.tree import encode_tree
-from ckptd.model import check_run_name
+from ckptd.model import Roster
 from ckptd_api.v1 import types_pb2
+from ckptd_client.arguments import interval, protection, resolve_run
 from ckptd_client.board import find_board
 from ckptd_client.capture import Capture
 from ckptd_client.daemon import Daemon, resolve_address
@@ -41,7 +41,7 @@ from ckptd_client.link import Link
 from ckptd_client.membership import Meeting
 from ckptd_client.pending import Pending
 from ckptd_client.plan import Plan, plan_key
-from ckptd_client.restoring import Restoration
+from ckptd_client.restoring import Restoration, refuse
 from ckptd_client.snapshot import Restored, Snapshot
 from ckptd_client.state import FenceClass, Leaf, StateWalker, capture_rng, encode_torch, optimizers_in
 
@@ -63,7 +63,8 @@ class Checkpointer:
         every: a snapshot every so many steps, or so much time, or "auto": lost time at most 1 % of training time, and
             at least one snapshot every 10 minutes.
         persist_every: the same for durable snapshots; None: as the daemon's tiers say.
-        protect: "k+m", "auto" or "off": parity on other nodes. Not in use yet: runs of one node have none.
+        protect: parity on other nodes: "k+m" (any m nodes of a group of k + m may be lost), "auto" (m = 1 below 4
+            nodes, else 2) or "off"; rank 0's counts, capped by the daemons' --protect-max. One node alone has none.
         fenced: {name: tensors} that the caller's own code mutates (EMA weights): copied lazily, and the caller calls
             ``fence()`` before mutating them.
         timing: collect timings of collectives. Not in use yet.
@@ -98,6 +99,7 @@ class Checkpointer:
         self._pending = Pending()
         self._plan: Plan | None = None
         self._restores = 0
+        self._newest_step = -1
         self._last_step: int | None = None
         self._last_step_at = 0.0
         self._step_s: float | None = None
@@ -112,11 +114,12 @@ class Checkpointer:
             Daemon(resolve_address(daemon)),
             Meeting(self._board, self._run, rank, world_size),
             self._run,
-            _interval(every, "every"),
-            types_pb2.Interval() if persist_every is None else _interval(persist_every, "persist_every"),
-            protect,
+            interval(every, "every"),
+            types_pb2.Interval() if persist_every is None else interval(persist_every, "persist_every"),
+            protection(protect),
             estimate_bytes(leaves, state),
             self._pending,
+            lambda: (self._newest_step, self._step_s),
             lambda: self._engine.forget_mappings(),
         )
         device = next((leaf.tensor.device for leaf in leaves if leaf.tensor.is_cuda), None)
@@ -178,7 +181,7 @@ class Checkpointer:
         every tier answered and none holds the run.
 
         Args:
-            source: "memory", "tier" or a tier's URL; None: wherever it is first found whole.
+            source: "memory" (that of any node), "tier" or a tier's URL; None: wherever it is first found whole.
 
         Raises:
             RestoreUndecided: it cannot be told whether a checkpoint exists, whatever ``on_error`` says.
@@ -191,7 +194,9 @@ class Checkpointer:
             )
         self._restores += 1  # first, so that ranks that fail below stay in step with those that do not
         if problem := self._link.wait_joined(JOIN_S):
-            raise RestoreUndecided(f"no answer from the daemon: {problem.message}")
+            undecided = RestoreUndecided(f"no answer from the daemon: {problem.message}")
+            refuse(self._link, self._board, self._restores, undecided)
+            raise undecided
         try:
             restored = Restoration(self._link, self._board, self._state, self._restores).run(step, source)
         except CkptdError as error:
@@ -199,6 +204,7 @@ class Checkpointer:
                 raise RestoreUndecided(error.message) from error
             raise
         if restored:
+            self._newest_step = max(self._newest_step, restored.step)
             log.info("restored %s", restored)
         return restored
 
@@ -222,7 +228,8 @@ class Checkpointer:
             raise InvalidRequest(f"step {step!r} is not a step number")
         if self._newest is not None and step <= self._newest.step:
             raise StepRepeated(f"step {step} comes after step {self._newest.step} was saved")
-        if problem := self._link.problem:
+        self._newest_step = max(self._newest_step, step)
+        if problem := self._link.problem_at(step):
             raise DaemonUnreachable(f"step {step} skipped: {problem.message}", problem.hint)
         if (before := self._engine.current) is not None:
             raise CaptureBusy(f"step {step} skipped: step {before.snapshot.step} is still being captured")
@@ -250,7 +257,9 @@ class Checkpointer:
 
     def _settle_early(self, snapshot: Snapshot, is_persisted: bool) -> None:
         """End the futures whose answer is known already."""
-        snapshot.protected.set_exception(NoProtection("the run has one node: there is no peer to hold parity"))
+        assert self._link.membership is not None
+        if reason := _unprotected(self._link.membership.roster_at(snapshot.step)):
+            snapshot.protected.set_exception(NoProtection(reason))
         if not self._link.about.tiers:
             snapshot.durable.set_exception(NoTier("the daemon has no shared tier"))
         elif not is_persisted:
@@ -279,6 +288,7 @@ class Checkpointer:
     def _note_pace(self, step: int) -> None:
         """Measure the step time, and report it about once a second."""
         now = time.monotonic()
+        self._newest_step = max(self._newest_step, step)
         if self._last_step is not None and step == self._last_step + 1:
             took_s = now - self._last_step_at
             self._step_s = took_s if self._step_s is None else 0.8 * self._step_s + 0.2 * took_s
@@ -299,35 +309,11 @@ class Checkpointer:
         log.info("capture plan: %s", ", ".join(f"{kind.value} {size} bytes" for kind, size in sizes.items()))
 
 
-def resolve_run(run: str | None) -> str:
-    """The run's name: the argument, else CKPTD_RUN, else TORCHELASTIC_RUN_ID unless that is torchrun's default (the
-    same for every job, or new at each launch); else InvalidRequest."""
-    if given := run or os.environ.get("CKPTD_RUN"):
-        return check_run_name(given)
-    elastic = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if elastic and elastic != "none" and not _is_uuid(elastic):
-        return check_run_name(elastic)
-    raise InvalidRequest(
-        "this training job has no run name", 'pass run="name", or set CKPTD_RUN: it must be the same at every restart'
-    )
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        uuid.UUID(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _interval(value: int | timedelta | str, name: str) -> types_pb2.Interval:
-    if value == "auto":
-        return types_pb2.Interval(automatic=True)
-    if isinstance(value, timedelta) and value > timedelta():
-        return types_pb2.Interval(seconds=value.total_seconds())
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return types_pb2.Interval(steps=value)
-    raise InvalidRequest(f"{name}={value!r} is not an interval", 'use a number of steps, a timedelta, or "auto"')
+def _unprotected(roster: Roster) -> str:
+    """Why no snapshot under ``roster`` will be protected; "" when they may be."""
+    if roster.protect == "off":
+        return "protect is off"
+    return "" if len(roster.nodes) > 1 else "the run has one node: there is no peer to hold parity"
 
 
 def _sources(leaves: list[Leaf]) -> list[torch.Tensor]:

@@ -139,7 +139,7 @@ class CaptureEngine:
             segments=[types_pb2.Segment(dtype=s.dtype, size_bytes=s.size_bytes) for s in plan.segments],
             is_persisted=capture.is_persisted,
             instance=link.instance,
-            roster_version=link.membership.roster.version,
+            roster_version=link.membership.roster_at(capture.snapshot.step).version,
         )
         until = time.monotonic() + _SLOT_S
         while True:

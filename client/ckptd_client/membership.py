@@ -1,144 +1,184 @@
 """Roster and incarnation of a job, agreed on over its own store.
 
-(1) Each rank puts its entry with a fresh nonce under ``hello/<rank>``. (2) Rank 0 publishes the roster under
-``roster``; a rank takes only one that contains its own nonce, and acknowledges it; rank 0 re-reads the entries and
-republishes until all have, so keys of an earlier start do no harm. (3) Rank 0 asks what its daemon and tiers know of
-the run, with or without a restore, and publishes the ordinal.
+(1) Each rank puts its entry with a fresh nonce under ``hello/<rank>``; a rank that reaches no daemon puts one without
+node. (2) Rank 0 publishes the roster under ``roster``; a rank acknowledges the one that contains its own entry; rank 0
+re-reads the entries and republishes until all have, so keys of an earlier start do no harm. What all have acknowledged
+is version 1, and only that is used: an earlier copy may hold what other ranks put in an earlier start. (3) Rank 0 asks
+what the daemons and tiers know of the run, with or without a restore, and publishes the ordinal. Later versions are
+the business of ``rosters``.
 """
 
 from __future__ import annotations
 
 import secrets
-import time
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
-from ckptd.errors import CkptdError, RendezvousTimeout
+from ckptd.errors import RendezvousTimeout
 from ckptd.format.blocks import block_bytes_for
 from ckptd.model import Incarnation, Roster, RosterEntry
-from ckptd_api.convert import incarnation_from_pb, incarnation_to_pb, roster_from_pb, roster_to_pb
+from ckptd_api.convert import (
+    incarnation_from_pb,
+    incarnation_to_pb,
+    roster_entry_to_pb,
+    roster_from_pb,
+    roster_to_pb,
+)
 from ckptd_api.v1 import node_pb2, types_pb2
-from ckptd_client.board import Board, wait_for
+from ckptd_client.board import Board, Pauses, ranks_text, wait_for
 from ckptd_client.daemon import Daemon
+from ckptd_client.rosters import Rosters, entry_from_bytes, entry_to_bytes
 
 MEET_S: Final = 300.0
-_POLL_S: Final = 0.01
-_CALL_S: Final = 30.0
+ORDINAL_S: Final = 5.0
+_MAX_POLL_S: Final = 0.1
+_SURVEY_S: Final = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Membership:
-    """What every rank of the incarnation agrees on."""
+    """What every rank of the incarnation agrees on: all versions of its roster, in order, and its ordinal, None until
+    rank 0's daemon has told it."""
 
-    roster: Roster
-    incarnation: Incarnation
+    rosters: tuple[Roster, ...]
+    ordinal: int | None = None
+
+    @property
+    def roster(self) -> Roster:
+        """The newest version, which may not be in force yet."""
+        return self.rosters[-1]
+
+    @property
+    def incarnation(self) -> Incarnation:
+        assert self.ordinal is not None
+        return Incarnation(self.ordinal, self.roster.incarnation_id)
+
+    def roster_at(self, step: int) -> Roster:
+        """The version in force at ``step``: the newest that is for it."""
+        return next(roster for roster in reversed(self.rosters) if roster.from_step <= step)
+
+    def extended(self, roster: Roster) -> Membership:
+        """With the next version; unchanged when it is known."""
+        if roster.version <= self.roster.version:
+            return self
+        return replace(self, rosters=(*self.rosters, roster))
+
+    def obstacle(self, step: int, rank: int, node_id: str) -> str:
+        """Why ``rank``, which is on ``node_id``, cannot take ``step``; "" when it can."""
+        roster = self.roster_at(step)
+        if absent := self._without_daemon[roster.version]:
+            return f"rank {ranks_text(absent)} has no daemon"
+        if roster.entries[rank].node_id != node_id:
+            return f"version {roster.version} of the roster has rank {rank} on another node"
+        return ""
+
+    @cached_property
+    def _without_daemon(self) -> dict[int, list[int]]:
+        """By version. Every rank skips a step that one cannot take: nothing is copied for it."""
+        return {roster.version: [e.rank for e in roster.entries if not e.node_id] for roster in self.rosters}
+
+
+def entry_of(rank: int, about: node_pb2.DescribeResponse, estimated_bytes: int) -> RosterEntry:
+    """A fresh entry from what the rank's daemon says of itself; of an empty answer, that of a rank without daemon."""
+    return RosterEntry(
+        rank=rank,
+        node_id=about.node_id,
+        address=about.address,
+        nonce=secrets.randbits(63) | 1,
+        domains=tuple(sorted(about.domains.items())),
+        protect_max=about.protect_max,
+        slots=about.slots,
+        estimated_bytes=estimated_bytes,
+    )
 
 
 class Meeting:
-    """One rank's part in the agreement. ``meet`` may be called again: the next roster has the next version."""
+    """One rank's part in the agreement. ``stop`` ends every wait: a rank that was closed must not lead the next start.
+
+    Each method may be called again after it failed: incarnation and acknowledgements of the first try stay good.
+    """
 
     def __init__(self, board: Board, run: str, rank: int, world_size: int) -> None:
-        self._board = board
-        self._prefix = f"ckptd/{run}"
-        self._run = run
+        self.board = board
+        self.run = run
         self.rank = rank
         self.world_size = world_size
-        self._version = 0
+        self.stop = threading.Event()
+        self._prefix = f"ckptd/{run}"
+        self._incarnation_id = secrets.randbits(63) | 1
+        # One look a second and 1,000 ranks is what one store can serve.
+        self._longest_s = max(_MAX_POLL_S, world_size / 1000)
 
-    def meet(
-        self, daemon: Daemon, about: node_pb2.DescribeResponse, estimated_bytes: int, known: Membership | None
-    ) -> Membership:
-        """Agree on a roster, and on the incarnation unless ``known``; RendezvousTimeout, or the daemon's errors."""
-        entry = RosterEntry(
-            rank=self.rank,
-            node_id=about.node_id,
-            address=about.address,
-            nonce=secrets.randbits(63) | 1,
-            domains=tuple(sorted(about.domains.items())),
-            protect_max=about.protect_max,
-            slots=about.slots,
-            estimated_bytes=estimated_bytes,
-        )
-        self._version += 1
-        self._board.set(f"{self._prefix}/hello/{self.rank}", _entry_to_bytes(entry))
-        roster = self._lead(entry, known) if self.rank == 0 else self._follow(entry)
-        incarnation = known.incarnation if known else self._incarnation(daemon, roster)
-        return Membership(roster, incarnation)
+    def rosters(self, incarnation_id: int) -> Rosters:
+        return Rosters(self.board, self.run, incarnation_id)
 
-    def key(self, membership: Membership, name: str) -> str:
-        """A key of this incarnation."""
-        return f"{self._prefix}/{membership.roster.incarnation_id:016x}/{name}"
+    # --- the first roster ------------------------------------------------------------------------------------------
+    def meet(self, entry: RosterEntry, protect: str) -> Roster:
+        """Version 1, once all ranks have met; RendezvousTimeout. ``entry`` must be that of the first try. ``protect``
+        is the wished geometry; rank 0's counts."""
+        self.board.set(f"{self._prefix}/hello/{self.rank}", entry_to_bytes(entry))
+        return self._lead(entry, protect) if self.rank == 0 else self._follow(entry)
 
-    def _lead(self, own: RosterEntry, known: Membership | None) -> Roster:
-        incarnation_id = known.incarnation.id if known else secrets.randbits(63) | 1
-        block_bytes = known.roster.block_bytes if known else 0
-        until = time.monotonic() + MEET_S
+    def _lead(self, own: RosterEntry, protect: str) -> Roster:
+        pauses = Pauses(MEET_S, self._longest_s, self.stop)
+        hellos = [(rank, f"{self._prefix}/hello/{rank}") for rank in range(1, self.world_size)]
+        found = wait_for(self.board, hellos, MEET_S, "roster", self.stop)
+        entries = [own, *(entry_from_bytes(found[rank]) for rank, _ in hellos)]
+        waiting = {rank for rank, _ in hellos}
         published: Roster | None = None
         while True:
-            entries = self._entries(own, until)
-            block = block_bytes or block_bytes_for(min(entry.estimated_bytes for entry in entries))
-            roster = Roster(self._version, incarnation_id, block, entries)
+            block_bytes = block_bytes_for(min(entry.estimated_bytes for entry in entries))
+            roster = Roster(1, self._incarnation_id, block_bytes, tuple(entries), protect)
             if roster != published:
-                self._board.set(f"{self._prefix}/roster", roster_to_pb(roster).SerializeToString())
+                self.board.set(f"{self._prefix}/roster", roster_to_pb(roster).SerializeToString())
                 published = roster
-            missing = [entry.rank for entry in entries[1:] if not self._has_acknowledged(roster, entry)]
-            if not missing:
+            waiting -= {rank for rank in waiting if self.board.get(self._acknowledgement(roster, entries[rank]))}
+            if not waiting:
+                self.rosters(roster.incarnation_id).publish(roster)
                 return roster
-            if time.monotonic() > until:
-                raise RendezvousTimeout(f"roster: no acknowledgement from rank {missing[:16]} within {MEET_S:g} s")
-            time.sleep(_POLL_S)
-
-    def _entries(self, own: RosterEntry, until: float) -> tuple[RosterEntry, ...]:
-        others = [(rank, f"{self._prefix}/hello/{rank}") for rank in range(1, self.world_size)]
-        left_s = max(0.0, until - time.monotonic())
-        found = wait_for(self._board, others, left_s, "roster")
-        return (own, *(_entry_from_bytes(found[rank]) for rank, _ in others))
-
-    def _has_acknowledged(self, roster: Roster, entry: RosterEntry) -> bool:
-        return self._board.get(self._acknowledgement(roster.incarnation_id, entry)) is not None
-
-    def _acknowledgement(self, incarnation_id: int, entry: RosterEntry) -> str:
-        return f"{self._prefix}/{incarnation_id:016x}/ack/{entry.rank}/{entry.nonce:016x}"
+            if not pauses.sleep():
+                raise RendezvousTimeout(f"roster: no acknowledgement from rank {ranks_text(waiting)} in time")
+            for rank in waiting:
+                entries[rank] = entry_from_bytes(self.board.get(f"{self._prefix}/hello/{rank}") or found[rank])
 
     def _follow(self, own: RosterEntry) -> Roster:
-        until = time.monotonic() + MEET_S
-        while time.monotonic() < until:
-            data = self._board.get(f"{self._prefix}/roster")
-            if data is not None:
-                roster = roster_from_pb(types_pb2.Roster.FromString(data))
-                if roster.world_size == self.world_size and roster.entries[self.rank] == own:
-                    self._board.set(self._acknowledgement(roster.incarnation_id, own), b"1")
-                    self._version = roster.version
-                    return roster
-            time.sleep(_POLL_S)
-        raise RendezvousTimeout(f"roster: no word from rank 0 within {MEET_S:g} s")
-
-    def _incarnation(self, daemon: Daemon, roster: Roster) -> Incarnation:
-        key = f"{self._prefix}/{roster.incarnation_id:016x}/ordinal"
-        if self.rank != 0:
-            data = wait_for(self._board, [(0, key)], MEET_S, "ordinal of the incarnation")[0]
-            return incarnation_from_pb(types_pb2.Incarnation.FromString(data))
-        survey = self._survey(daemon)
-        incarnation = Incarnation(survey.highest_ordinal + 1, roster.incarnation_id)
-        self._board.set(key, incarnation_to_pb(incarnation).SerializeToString())
-        return incarnation
-
-    def _survey(self, daemon: Daemon) -> node_pb2.SurveyResponse:
-        """What is known of the run; asked again for a while, since the other ranks wait for the ordinal."""
-        until = time.monotonic() + MEET_S
+        pauses = Pauses(MEET_S, self._longest_s, self.stop)
+        invited: Rosters | None = None
         while True:
-            try:
-                found: node_pb2.SurveyResponse = daemon.call("Survey", node_pb2.SurveyRequest(run=self._run), _CALL_S)
-                return found
-            except CkptdError as error:
-                if not error.is_retryable or self.world_size == 1 or time.monotonic() > until:
-                    raise
-                time.sleep(1.0)
+            invited = invited or self._invitation(own)
+            if invited and (versions := invited.after(0)):
+                return versions[0]
+            if not pauses.sleep():
+                what = "rank 0 still waits for other ranks" if invited else "no word from rank 0 in time"
+                raise RendezvousTimeout(f"roster: {what}")
 
+    def _invitation(self, own: RosterEntry) -> Rosters | None:
+        """The incarnation whose roster has this rank's entry; acknowledged."""
+        data = self.board.get(f"{self._prefix}/roster")
+        roster = roster_from_pb(types_pb2.Roster.FromString(data)) if data is not None else None
+        if roster is None or roster.world_size != self.world_size or roster.entries[self.rank] != own:
+            return None
+        self.board.set(self._acknowledgement(roster, own), b"1")
+        return self.rosters(roster.incarnation_id)
 
-def _entry_to_bytes(entry: RosterEntry) -> bytes:
-    return roster_to_pb(Roster(0, 0, 0, (entry,))).SerializeToString()
+    def _acknowledgement(self, roster: Roster, entry: RosterEntry) -> str:
+        return self.rosters(roster.incarnation_id).key(f"ack/{entry.rank}/{entry.nonce:016x}")
 
-
-def _entry_from_bytes(data: bytes) -> RosterEntry:
-    return roster_from_pb(types_pb2.Roster.FromString(data)).entries[0]
+    # --- the ordinal -----------------------------------------------------------------------------------------------
+    def ordinal(self, daemon: Daemon, roster: Roster) -> int:
+        """The ordinal of the incarnation: rank 0 asks its daemon, which asks those of ``roster``; the others wait a
+        while for its word. RendezvousTimeout, or the daemon's errors."""
+        key = self.rosters(roster.incarnation_id).key("ordinal")
+        if self.rank != 0:
+            data = wait_for(self.board, [(0, key)], ORDINAL_S, "ordinal of the incarnation", self.stop)[0]
+        elif (known := self.board.get(key)) is not None:
+            data = known  # put by a try that failed after it: others may have joined with it
+        else:
+            entries = [roster_entry_to_pb(entry) for entry in roster.entries]
+            survey = daemon.call("Survey", node_pb2.SurveyRequest(run=self.run, entries=entries), _SURVEY_S)
+            incarnation = Incarnation(survey.highest_ordinal + 1, roster.incarnation_id)
+            data = incarnation_to_pb(incarnation).SerializeToString()
+            self.board.set(key, data)
+        return incarnation_from_pb(types_pb2.Incarnation.FromString(data)).ordinal

@@ -8,6 +8,7 @@ memory, compares it with its own state, and reports; when all are well rank 0 ha
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -25,18 +26,20 @@ from ckptd.format.manifest import snapshot_from_json, snapshot_to_json
 from ckptd.format.tree import decode_tree
 from ckptd.memory import Bytes
 from ckptd.model import Box, Segment, SnapshotId
-from ckptd_api.convert import incarnation_to_pb, roster_to_pb, snapshot_from_pb, snapshot_to_pb
-from ckptd_api.v1 import node_pb2
+from ckptd_api.convert import roster_to_pb, snapshot_from_pb, snapshot_to_pb
+from ckptd_api.v1 import node_pb2, types_pb2
 from ckptd_client.board import Board, wait_for
 from ckptd_client.handover import ENV
 from ckptd_client.link import Link
 from ckptd_client.mapping import map_readable
+from ckptd_client.membership import Membership
 from ckptd_client.snapshot import Restored
 from ckptd_client.state import TORCH_DECODERS, TORCH_DTYPES, RestorePlan, plan_restore, restore_rng
 
 AGREE_S: Final = 1800.0
 FETCH_S: Final = 1700.0
 _CALL_S: Final = 60.0
+log = logging.getLogger("ckptd_client")
 
 
 @dataclass(slots=True)
@@ -68,9 +71,14 @@ class Restoration:
         self._link = link
         self._board = board
         self._state = state
-        self._membership = link.membership
-        self._prefix = link.meeting.key(link.membership, f"restore/{number}")
+        self._prefix = _prefix(link, link.membership, number)
         self._started = time.monotonic()
+
+    @property
+    def _roster(self) -> types_pb2.Roster:
+        """The newest: a daemon may have moved since the restore began."""
+        assert self._link.membership is not None
+        return roster_to_pb(self._link.membership.roster)
 
     def run(self, step: int | None, source: str | None) -> Restored | None:
         """Restore ``step`` (None: the newest) from ``source`` (None: wherever it is first found whole)."""
@@ -98,24 +106,26 @@ class Restoration:
         link = self._link
         request = node_pb2.ListCandidatesRequest(
             run=link.run,
-            incarnation=incarnation_to_pb(self._membership.incarnation),
-            roster=roster_to_pb(self._membership.roster),
+            incarnation=link.incarnation,
+            roster=self._roster,
             source="" if source in (None, "tier") else source,
         )
         if step is not None:
             request.step = step
         try:
-            found = link.daemon.call("ListCandidates", request, _CALL_S).candidates
+            answer = link.daemon.call("ListCandidates", request, _CALL_S)
         except CkptdError as error:
             if not isinstance(error, RestoreUndecided):
                 error = RestoreUndecided(error.message)
             yield _refusal(error)
             return
+        for note in answer.notes:
+            log.warning("restore: %s", note)
         tried = []
-        for candidate in found:
+        for candidate in answer.candidates:
             fetch_from = source or ""
             if source == "tier":
-                tiers = [s for s in candidate.sources if s != "memory"]
+                tiers = [s for s in candidate.sources if "://" in s]
                 if not tiers:
                     continue
                 fetch_from = tiers[0]
@@ -160,8 +170,8 @@ class Restoration:
         """Have the decision recorded before any rank applies it."""
         request = node_pb2.DecideRequest(
             run=self._link.run,
-            incarnation=incarnation_to_pb(self._membership.incarnation),
-            roster=roster_to_pb(self._membership.roster),
+            incarnation=self._link.incarnation,
+            roster=self._roster,
             parent=snapshot_to_pb(snapshot) if snapshot else None,
         )
         try:
@@ -174,7 +184,7 @@ class Restoration:
         link = self._link
         request = node_pb2.FetchRequest(
             run=link.run,
-            incarnation=incarnation_to_pb(self._membership.incarnation),
+            incarnation=link.incarnation,
             snapshot=snapshot_to_pb(snapshot),
             rank=link.rank,
             world_size=link.meeting.world_size,
@@ -226,6 +236,20 @@ class Restoration:
             seconds=time.monotonic() - self._started,
             bytes=sum(segment.size_bytes for segment in shard.layout.segments),
         )
+
+
+def refuse(link: Link, board: Board, number: int, error: CkptdError) -> None:
+    """Say to the other ranks that this one takes no part in ``restore()`` number ``number``: they raise when they hear
+    of it and do not wait for it. A rank that has not met the others has nobody to say it to."""
+    if link.membership is None:
+        return
+    name, content = ("candidate", _refusal(error)) if link.rank == 0 else (f"report/{link.rank}", _wire(error))
+    with suppress(CkptdError):  # then they wait until their own deadline
+        board.set(f"{_prefix(link, link.membership, number)}/0/{name}", json.dumps(content).encode())
+
+
+def _prefix(link: Link, membership: Membership, number: int) -> str:
+    return link.meeting.rosters(membership.roster.incarnation_id).key(f"restore/{number}")
 
 
 def _payload(link: Link, fetched: node_pb2.FetchResponse, layout: SlotLayout) -> Bytes:

@@ -15,8 +15,8 @@ Level = Literal["staged", "protected", "durable"]
 
 class Snapshot:
     """One step's snapshot on its way. ``staged``, ``protected`` and ``durable`` are futures that resolve to the step
-    or fail with the reason (``StepDead``, ``NoTier``, ...); each of them ends. ``skipped`` is the reason when nothing
-    was captured, else None."""
+    or fail with the reason (``StepDead``, ``Superseded``, ``NoTier``, ...); each of them ends. ``skipped`` is the
+    reason when nothing was captured, else None."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -69,7 +69,8 @@ def end(future: Future[int], outcome: int | CkptdError) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a restore applied: ``source`` is "memory" or a tier's URL; ``bytes`` are this rank's."""
+    """What a restore applied: ``source`` is "memory" (of this node), "peer" (another node's memory), "reconstruction"
+    (from parity) or a tier's URL; source and ``bytes`` are this rank's."""
 
     step: int
     incarnation: Incarnation
