@@ -122,7 +122,7 @@ def layout_of(nodes: int, geometry: Geometry, labels: Sequence[str], at: Paramet
 
     ``labels``: which of "row" and "rack" the nodes are labelled with, in this order. In a uniform cluster the planner
     comes down to this: sort by domain, deal in turn. A test holds the two against each other; this one is for sizes
-    at which the planner takes a minute.
+    of many trials.
     """
     place = ranks(nodes, seed).argsort()
     keys = [place]

@@ -163,6 +163,13 @@ class Settings(BaseSettings):
     peer_silence_s: float = Field(
         5.0, gt=0, description="a stream from a peer without a message so long is cut, seconds"
     )
+    scrub_every_s: float = Field(
+        3600.0,
+        ge=0,
+        description="slots and parity are read again and checked once in so long, at 256 MiB/s at most, seconds; 0: "
+        "never, but what `ckptd verify` finds is mended",
+        json_schema_extra={"flag": ""},
+    )
     domains: tuple[str, ...] = Field(
         (),
         description="failure domain of this node, KEY=VALUE; repeatable. Members of a parity group are spread over the "

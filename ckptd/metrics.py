@@ -45,7 +45,7 @@ class Metrics:
         self.bytes_total = self._counter(
             "ckptd_bytes",
             "Payload bytes moved, by direction: captured (into slots), protected (pulled to encode parity), served (to "
-            "peers), drained (to tiers), restored, verified.",
+            "peers), drained (to tiers), restored, verified, scrubbed.",
             ["run", "direction"],
         )
         self.losses_tolerated = self._gauge(
@@ -61,7 +61,9 @@ class Metrics:
             "ckptd_protect_retries", "Pulls for protection that failed and were tried again.", ["run"]
         )
         self.repaired_total = self._counter(
-            "ckptd_repaired", "Corrupt copies in memory that were made again from others, by kind.", ["run", "kind"]
+            "ckptd_repaired",
+            "Corrupt or lost copies in memory that were made again, by kind: slot or parity.",
+            ["run", "kind"],
         )
         self.drain_seconds = self._histogram(
             "ckptd_drain_seconds", "Time to write one rank's shard to a tier.", ["run"], _BULK_BUCKETS
@@ -88,7 +90,7 @@ class Metrics:
             "ckptd_torn", "Captures discarded because their source changed while it was copied.", ["run"]
         )
         self.corrupt_total = self._counter(
-            "ckptd_corrupt", "Copies found not to match their checksum, by place: memory or tier.", ["run", "place"]
+            "ckptd_corrupt", "Copies found corrupt, by place: memory, parity or tier.", ["run", "place"]
         )
         self.restore_seconds = self._histogram(
             "ckptd_restore_seconds",

@@ -2,7 +2,8 @@
 
 A slot is kept while its step is the newest staged, the newest protected, the one being protected, sealed but neither
 staged nor dead, or leased; every other slot is free. Of older incarnations everything sealed is kept until the restore
-is decided, then only the restored snapshot until the new incarnation has staged one of its own.
+is decided, then the restored snapshot until the new incarnation has staged one of its own, and what was protected
+before until the new incarnation has protected something.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class RunMarks:
         is_decided: the current incarnation has decided what to restore (or has begun to save).
         restored: the snapshot it restored.
         staged, protected, protecting: the newest of the current incarnation.
+        fallbacks: what was protected before, while nothing of the current incarnation is.
         dead: snapshots that will never be staged.
     """
 
@@ -35,6 +37,7 @@ class RunMarks:
     staged: SnapshotId | None = None
     protected: SnapshotId | None = None
     protecting: SnapshotId | None = None
+    fallbacks: Collection[SnapshotId] = ()
     dead: Collection[SnapshotId] = ()
 
 
@@ -50,7 +53,7 @@ def why_kept(state: SlotState, snapshot: SnapshotId | None, is_leased: bool, mar
         return None if marks.current and snapshot.incarnation < marks.current else "being written"
     if marks.current is None or (snapshot.incarnation < marks.current and not marks.is_decided):
         return UNDECIDED
-    if snapshot in (marks.protected, marks.protecting):
+    if snapshot in (marks.protected, marks.protecting) or snapshot in marks.fallbacks:
         return "protected"
     if snapshot.incarnation < marks.current:
         return "restored" if snapshot == marks.restored and marks.staged is None else None

@@ -20,6 +20,11 @@ def serve(
     tier: Annotated[list[str] | None, typer.Option(metavar="URL[,...]", help=describe("tiers"))] = None,
     slots: Annotated[int | None, typer.Option(metavar="N", help=describe("slots"))] = None,
     protect_max: Annotated[str | None, typer.Option(metavar="K+M", help=describe("protect_max"))] = None,
+    protect_rate: Annotated[str | None, typer.Option(metavar="SIZE", help=describe("protect_rate_bytes"))] = None,
+    protect_deadline: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help=describe("protect_deadline_s"))
+    ] = None,
+    peer_silence: Annotated[float | None, typer.Option(metavar="SECONDS", help=describe("peer_silence_s"))] = None,
     domain: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=describe("domains"))] = None,
     allow_group: Annotated[str | None, typer.Option(metavar="G", help=describe("allow_group"))] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="P", help=describe("tls_cert"))] = None,
@@ -48,6 +53,9 @@ def serve(
             "tiers": tuple(tier or ()),
             "slots": slots,
             "protect_max": protect_max,
+            "protect_rate_bytes": protect_rate,
+            "protect_deadline_s": protect_deadline,
+            "peer_silence_s": peer_silence,
             "domains": tuple(domain or ()),
             "allow_group": allow_group,
             "tls_cert": tls_cert,

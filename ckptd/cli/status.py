@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Final
+
 from ckptd.cli import options, output
 from ckptd.errors import EXIT_DEGRADED, EXIT_OK
 from ckptd_api.convert import incarnation_from_pb
 from ckptd_api.v1 import operator_pb2, types_pb2
 
+_NODES_SHOWN: Final = 3
+
 
 def status(socket: options.Socket = None, as_json: options.Json = False) -> int:
-    """Show memory, runs, slots and tiers of the daemon.
+    """Show memory, runs, protection, slots, parity and tiers of the daemon.
 
-    Exits 3 when the daemon is less than whole: a problem, or a tier that does not answer.
+    Exits 3 when something is less than whole: a problem, a tier that does not answer, a run that no further loss of a
+    node may hit, or nodes of it that are silent.
     """
     from ckptd.cli import channel
 
@@ -24,7 +30,15 @@ def status(socket: options.Socket = None, as_json: options.Json = False) -> int:
     else:
         _show(answer)
     is_whole = not answer.problems and all(tier.is_healthy for tier in answer.tiers)
-    return EXIT_OK if is_whole else EXIT_DEGRADED
+    return EXIT_OK if is_whole and not any(_is_at_risk(run) for run in answer.runs) else EXIT_DEGRADED
+
+
+def _is_at_risk(run: operator_pb2.RunStatus) -> bool:
+    """The run is protected, and the next lost node may be one too many, or nodes may be lost already."""
+    marks = run.watermarks
+    if not run.groups or run.state == "ended":
+        return False
+    return bool(marks.silent_nodes) or (marks.HasField("losses_tolerated") and marks.losses_tolerated <= 0)
 
 
 def _show(answer: operator_pb2.GetStatusResponse) -> None:
@@ -39,11 +53,18 @@ def _show(answer: operator_pb2.GetStatusResponse) -> None:
             ["RUN", "STATE", "INCARNATION", "RANKS HERE", "STAGED", "PROTECTED", "DURABLE", "DEAD", "OWNER"],
             [_run_row(run) for run in answer.runs],
         )
+    _show_protection([run for run in answer.runs if run.groups or run.protection_note])
     if answer.slots:
         output.line()
         output.table(
             ["SLOT", "RUN", "RANK", "STATE", "STEP", "SIZE", "LEASES"],
             [[s.slot, s.run, s.rank, s.state, _step(s), output.size(s.slot_bytes), s.leases] for s in answer.slots],
+        )
+    if answer.parity:
+        output.line()
+        output.table(
+            ["PARITY OF", "STATE", "STEP", "GEOMETRY", "STRIPE", "ROW", "SIZE"],
+            [_parity_row(parity) for parity in answer.parity],
         )
     if answer.tiers:
         output.line()
@@ -69,8 +90,44 @@ def _run_row(run: operator_pb2.RunStatus) -> list[object]:
     ]
 
 
-def _step(slot: operator_pb2.SlotStatus) -> int | None:
-    return slot.snapshot.step if slot.HasField("snapshot") else None
+def _show_protection(runs: list[operator_pb2.RunStatus]) -> None:
+    if not runs:
+        return
+    output.line()
+    output.table(
+        ["RUN", "INCARNATION", "ROSTER", "GROUPS", "PARITY OF", "LOSSES TOLERATED", "SILENT"],
+        [_protection_row(run) for run in runs],
+    )
+    for run in runs:
+        if run.protection_note:
+            output.line(f"note: {run.run}: {run.protection_note}")
+        if silent := run.watermarks.silent_nodes:
+            more = f" and {len(silent) - _NODES_SHOWN} more" if len(silent) > _NODES_SHOWN else ""
+            output.line(f"silent: {run.run}: {', '.join(silent[:_NODES_SHOWN])}{more}")
+
+
+def _protection_row(run: operator_pb2.RunStatus) -> list[object]:
+    marks, groups = run.watermarks, Counter(f"{group.k}+{group.m}" for group in run.groups)
+    parity = marks.parity_of
+    return [
+        run.run,
+        str(incarnation_from_pb(run.incarnation)),
+        run.roster_version,
+        ", ".join(f"{count} x {geometry}" for geometry, count in groups.items()),
+        f"{parity.step}@{parity.incarnation.ordinal}" if marks.HasField("parity_of") else None,
+        marks.losses_tolerated if marks.HasField("losses_tolerated") else None,
+        len(marks.silent_nodes),
+    ]
+
+
+def _parity_row(parity: operator_pb2.ParityStatus) -> list[object]:
+    held = parity.HasField("snapshot")
+    where = [parity.geometry, parity.stripe, parity.row] if held else [None, None, None]
+    return [parity.run, parity.state, _step(parity), *where, output.size(parity.size_bytes)]
+
+
+def _step(held: operator_pb2.SlotStatus | operator_pb2.ParityStatus) -> int | None:
+    return held.snapshot.step if held.HasField("snapshot") else None
 
 
 def _at(address: str) -> str:

@@ -1,4 +1,7 @@
-"""``ckptd verify``: every copy read again and every block held against its checksum, by the daemon."""
+"""``ckptd verify``: every copy read again and every block held against its checksum, by the daemon.
+
+A node of several holds a part of a run: its own shards, parity for its peers, and what the tiers have of all.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ def verify(
     socket: options.Socket = None,
     as_json: options.Json = False,
 ) -> int:
-    """Check every block of every copy of RUN.
+    """Check every block of what this node holds of RUN.
 
-    In memory and in every tier. Exits 4 when a copy is corrupt.
+    In its memory, in its parity, which is held against the data of its peers too, and in the tiers; other nodes check
+    theirs. Exits 4 when a copy is corrupt; what can be made again from others is, at once.
     """
     from ckptd.cli import channel
 
@@ -32,16 +36,21 @@ def verify(
             advance(last.bytes_done, last.bytes_total)
             # By content: a finding may be sent as it is made and again with the last message.
             findings |= {finding.SerializeToString(deterministic=True): finding for finding in last.findings}
-    if not last.copies_checked and not findings:
+    # One that names no snapshot is a note: nothing is wrong, but something could not be checked.
+    notes = [finding.problem for finding in findings.values() if not finding.HasField("snapshot")]
+    wrong = [finding for finding in findings.values() if finding.HasField("snapshot")]
+    if not last.copies_checked and not wrong:
         # Nothing checked must not read as nothing wrong.
         if step is None:
             raise UnknownRun(f"run {run!r} has no copy to verify")
         raise UnknownStep(f"step {step} of run {run!r} has no copy to verify")
-    _show(last, list(findings.values()), as_json=as_json)
-    return EXIT_DATA_LOST if findings else EXIT_OK
+    _show(last, wrong, notes, as_json=as_json)
+    return EXIT_DATA_LOST if wrong else EXIT_OK
 
 
-def _show(last: operator_pb2.VerifyResponse, findings: list[operator_pb2.Finding], *, as_json: bool) -> None:
+def _show(
+    last: operator_pb2.VerifyResponse, findings: list[operator_pb2.Finding], notes: list[str], *, as_json: bool
+) -> None:
     if as_json:
         from ckptd.cli.messages import plain
 
@@ -50,12 +59,16 @@ def _show(last: operator_pb2.VerifyResponse, findings: list[operator_pb2.Finding
                 "bytes_checked": last.bytes_done,
                 "copies_checked": last.copies_checked,
                 "findings": [plain(finding) for finding in findings],
+                "notes": notes,
             }
         )
         return
     found = f"{len(findings)} finding{'s' if len(findings) != 1 else ''}" if findings else "no findings"
     copies = f"{last.copies_checked} {'copy' if last.copies_checked == 1 else 'copies'}"
-    output.line(f"checked {copies}, {output.size(last.bytes_done)}: {found}")
+    where = "in this node's memory, its parity and the tiers"
+    output.line(f"checked {copies}, {output.size(last.bytes_done)}, {where}: {found}")
+    for note in notes:
+        output.line(f"note: {note}")
     if findings:
         output.table(
             ["STEP", "INCARNATION", "SOURCE", "PROBLEM"],

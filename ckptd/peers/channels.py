@@ -15,7 +15,7 @@ from typing import Any, Final
 import grpc
 from grpc.experimental import ChannelOptions
 
-from ckptd.errors import SessionExpired
+from ckptd.errors import DaemonUnreachable, SessionExpired
 from ckptd_api.status import error_from_rpc
 from ckptd_api.v1 import coordinator_pb2_grpc, node_pb2, node_pb2_grpc, peers_pb2, peers_pb2_grpc
 
@@ -41,6 +41,7 @@ class _Guarded:
     call: Any
     silence_s: float
     since_s: float | None
+    is_cut: bool = False
 
 
 class _Watchdog:
@@ -76,6 +77,7 @@ class _Watchdog:
             for guarded in waiting:
                 since = guarded.since_s
                 if since is not None and now - since > guarded.silence_s:
+                    guarded.is_cut = True
                     guarded.call.cancel()
 
 
@@ -113,6 +115,8 @@ class Peer:
                     got_any = True
                     yield message
             except grpc.RpcError as error:
+                if guarded.is_cut:
+                    raise DaemonUnreachable(f"the daemon at {self.address} sent nothing for {silence_s:g} s") from error
                 translated = error_from_rpc(error, self.address)
                 if is_last or got_any or not isinstance(translated, SessionExpired):
                     raise translated from error
@@ -167,6 +171,12 @@ class Channels:
                 )
                 found = self._peers[address] = Peer(address, channel, self._watchdog)
             return found
+
+    def renew(self, address: str) -> None:
+        """Connect anew at the next call: a connection that failed waits up to seconds before it tries again, and the
+        daemon may be back. Calls under way on the old one go on."""
+        with self._lock:
+            self._peers.pop(address, None)
 
     def forget(self, addresses: set[str]) -> None:
         """Close the connections to daemons that no run names any more."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptd.errors import Corrupt
+from ckptd.errors import CkptdError, Corrupt
 from ckptd.format.blocks import find_corrupt_block
 from ckptd.memory import Bytes
 from ckptd.peers.rate import TokenBucket
@@ -41,6 +41,16 @@ class Source:
     blocks: int
 
 
+class SourceFailed(CkptdError):
+    """A source could not be read, or sent what does not match its checksums; ``source`` tells which it was."""
+
+    grpc_code = "DATA_LOSS"
+
+    def __init__(self, message: str, hint: str | None = None, source: Source | None = None) -> None:
+        super().__init__(message, hint)
+        self.source = source
+
+
 def gather(
     sources: Sequence[Source | None], first: int, blocks: int, batch: int, block_bytes: int, bucket: TokenBucket
 ) -> Iterator[tuple[int, int, list[Bytes | None]]]:
@@ -48,8 +58,7 @@ def gather(
     time. None stands for zeros. The bytes are valid until the next are asked for.
 
     Raises:
-        Corrupt: a block does not match its CRC; names the source.
-        CkptdError: a source cannot be read.
+        SourceFailed: a source cannot be read, or a block does not match its CRC.
     """
     with ExitStack() as stack:
         readers = [_open(source, first, blocks, batch, stack) for source in sources]
@@ -63,7 +72,7 @@ def gather(
                 if source is None or reader is None or not there:
                     columns.append(None)
                     continue
-                data = _checked(source, reader(), there, block_bytes)
+                data = _read(source, reader, there, block_bytes)
                 if there < count:
                     padded[number] = np.zeros(count * block_bytes, np.uint8)
                     padded[number][: len(data)] = data
@@ -87,9 +96,16 @@ def _open(
     return lambda: next(stream, None)
 
 
-def _checked(source: Source, blocks: Blocks | None, wanted: int, block_bytes: int) -> Bytes:
+def _read(source: Source, reader: Callable[[], Blocks | None], wanted: int, block_bytes: int) -> Bytes:
+    try:
+        return _checked(reader(), wanted, block_bytes)
+    except CkptdError as error:
+        raise SourceFailed(f"{source.name}: {error.message}", error.hint, source) from error
+
+
+def _checked(blocks: Blocks | None, wanted: int, block_bytes: int) -> Bytes:
     if blocks is None or len(blocks.crcs) != wanted or len(blocks.data) != wanted * block_bytes:
-        raise Corrupt(f"{source.name} sent other blocks than were asked for")
+        raise Corrupt("it sent other blocks than were asked for")
     if find_corrupt_block(blocks.data, block_bytes, blocks.crcs) is not None:
-        raise Corrupt(f"{source.name} sent a block that does not match its CRC-32C")
+        raise Corrupt("it sent a block that does not match its CRC-32C")
     return np.frombuffer(blocks.data, np.uint8)

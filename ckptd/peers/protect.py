@@ -22,7 +22,7 @@ from ckptd.arena.parity import ParityFile
 from ckptd.erasure.code import Code
 from ckptd.erasure.groups import Group
 from ckptd.erasure.stripes import Stripes
-from ckptd.errors import CkptdError, Corrupt, ProtectFailed
+from ckptd.errors import CkptdError, Corrupt, ProtectFailed, UnknownStep
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import checksum_blocks
 from ckptd.format.image import GroupRecord, ImageRecord
@@ -34,6 +34,7 @@ from ckptd.peers.rate import TokenBucket
 from ckptd.peers.transport import MESSAGE_BYTES, Piece, Transport
 
 _BACKOFF_S: Final = (0.1, 0.25, 0.5, 1.0, 2.0)
+_ABSENT_S: Final = 3.0
 _WORKERS: Final = 2
 log = structlog.get_logger()
 
@@ -212,7 +213,9 @@ class _Attempt:
 
     def failed(self, error: CkptdError) -> None:
         """Wait before the next try; ProtectFailed when the deadline is over."""
-        if time.monotonic() - self._since_s > self._deadline_s:
+        # What a daemon says that it does not hold will hardly come back; it may just have restarted, though.
+        deadline_s = min(_ABSENT_S, self._deadline_s) if isinstance(error, UnknownStep) else self._deadline_s
+        if time.monotonic() - self._since_s > deadline_s:
             raise ProtectFailed(f"{self.name}: {error.message}", error.hint) from error
         log.info("protection is tried again", what=self.name, reason=error.message)
         self._pause(_BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)])

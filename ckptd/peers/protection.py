@@ -20,10 +20,12 @@ _REMEMBERED: Final = 128
 
 @dataclass
 class Protection:
-    """The state. ``nodes`` must all report; none: protection is off. ``retry_s`` after a failure the next attempt."""
+    """The state. ``nodes`` must all report; none: protection is off. ``retry_s`` after a failure the next attempt;
+    ``attempt`` counts them, so that a node that was away between two of the same snapshot tells them apart."""
 
     nodes: frozenset[str]
     retry_s: float
+    attempt: int = 0
     parity_of: SnapshotId | None = None
     protecting: SnapshotId | None = None
     not_protected: dict[SnapshotId, Outcome] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class Protection:
         is_due = self._newest is not None and (self.parity_of is None or self._newest > self.parity_of)
         if self.nodes and self.protecting is None and is_due and self._failed_at_s is None:
             self.protecting, self._failed = self._newest, {}
+            self.attempt += 1
             if self.protecting is not None:
                 self._judge(self.protecting)
 

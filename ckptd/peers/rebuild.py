@@ -7,7 +7,8 @@ in the record of the image or of the group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final, Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ from ckptd.format.image import GroupRecord, ImageRecord, ShardRecord
 from ckptd.format.slot import SlotHeader
 from ckptd.memory import Bytes
 from ckptd.model import SnapshotId
-from ckptd.peers.gather import Source, gather
+from ckptd.peers.gather import Source, SourceFailed, gather
 from ckptd.peers.rate import TokenBucket
 from ckptd.peers.transport import MESSAGE_BYTES, Piece, Transport
 
@@ -153,21 +154,44 @@ class Rebuilder:
         size, code = record.block_bytes, Code(record.geometry)
         stripes = Stripes.plan(record.geometry, record.image_blocks)
         start, blocks = image.span_of(rank)
-        batch = max(1, MESSAGE_BYTES // size)
+        failed: dict[Source, str] = {}
         for piece, first, count in stripes.extents(start, blocks):
             stripe = stripes.stripe_of(position, piece)
             wanted = stripes.column_of(stripe, position)
-            chosen = self._choose(run, record, stripes, stripe, position, first, holders)
-            for at, n, columns in gather(list(chosen.values()), first, count, batch, size, self._unlimited):
+            choose = partial(self._choose, run, record, stripes, stripe, position, holders, failed)
+            for at, n, fragments in self._fragments(choose, first, count, size, failed):
                 failpoint("rebuild.batch")
                 here = piece * stripes.piece_blocks + at - start
                 place = filler.place(here, n)
                 decoded = np.empty(n * size, np.uint8) if place is None else place
-                code.reconstruct(dict(zip(chosen, columns, strict=True)), {wanted: decoded})
+                code.reconstruct(fragments, {wanted: decoded})
                 if place is None:
                     filler.put(here, n, decoded)
                 filler.progressed(here + n)
         filler.finish()
+
+    def _fragments(
+        self,
+        choose: Callable[[int], dict[int, Source | None]],
+        first: int,
+        count: int,
+        size: int,
+        failed: dict[Source, str],
+    ) -> Iterator[tuple[int, int, dict[int, Bytes | None]]]:
+        """(first block, number of blocks, k fragments by index) of a stripe, batch by batch. A source that fails goes
+        into ``failed``, and another of those left serves from there on."""
+        done, end, batch = first, first + count, max(1, MESSAGE_BYTES // size)
+        while done < end:
+            chosen = choose(done)
+            try:
+                for at, n, columns in gather(list(chosen.values()), done, end - done, batch, size, self._unlimited):
+                    yield at, n, dict(zip(chosen, columns, strict=True))
+                    done = at + n
+            except SourceFailed as error:
+                if error.source is None:
+                    raise
+                log.warning("source set aside", source=error.source.name, reason=error.message)
+                failed[error.source] = error.message
 
     def _record(self, run: str, snapshot: SnapshotId, group: ParityHeld, holders: Sequence[Holder]) -> GroupRecord:
         """The record of ``group``, from any daemon that holds parity of it."""
@@ -189,11 +213,12 @@ class Rebuilder:
         stripes: Stripes,
         stripe: int,
         lost: int,
-        first: int,
         holders: Sequence[Holder],
+        failed: Mapping[Source, str],
+        first: int,
     ) -> dict[int, Source | None]:
-        """k fragments of ``stripe`` by index, without that of the member at ``lost``: zeros first, they cost nothing,
-        then data, then parity."""
+        """k fragments of ``stripe`` by index, without that of the member at ``lost`` and without what ``failed``: zeros
+        first, they cost nothing, then data, then parity."""
         found: dict[int, Source | None] = {}
         data: dict[int, Source | None] = {}
         for column, (position, piece) in enumerate(stripes.data_of(stripe)):
@@ -206,15 +231,16 @@ class Rebuilder:
                 found[column] = None
             elif holder := holder_of_image(holders, record.snapshot, image.ranks):
                 data[column] = self._source(holder, Piece(run, record.snapshot, image.ranks), begin, there)
-        found |= data
+        found |= {column: source for column, source in data.items() if source not in failed}
         for row in range(record.geometry.m):
             if holder := holder_of_fragment(holders, record.key, stripe, row):
                 piece_of = Piece(run, record.snapshot, (), record.key, stripe, row)
-                found[record.geometry.k + row] = self._source(holder, piece_of, 0, stripes.piece_blocks)
+                source = self._source(holder, piece_of, 0, stripes.piece_blocks)
+                if source not in failed:
+                    found[record.geometry.k + row] = source
         if len(found) < record.geometry.k:
-            raise RestoreFailed(
-                f"stripe {stripe} of {record.geometry}: {len(found)} of {record.geometry.k} fragments are left"
-            )
+            left = f"stripe {stripe} of {record.geometry}: {len(found)} of {record.geometry.k} fragments are left"
+            raise RestoreFailed("; ".join([left, *failed.values()]))
         return dict(list(found.items())[: record.geometry.k])
 
     def _source(self, holder: Holder, piece: Piece, first: int, blocks: int) -> Source:

@@ -13,7 +13,7 @@ from crc32c import crc32c
 
 from ckptd.arena.arena import Arena, Lease
 from ckptd.erasure.holdings import Holder
-from ckptd.errors import CkptdError, Corrupt, RestoreFailed, SlotNotReady, StateMismatch, UnknownStep
+from ckptd.errors import CkptdError, Corrupt, NoSlot, RestoreFailed, SlotNotReady, StateMismatch, UnknownStep
 from ckptd.failpoints import failpoint
 from ckptd.format.manifest import Manifest
 from ckptd.format.slot import SlotHeader, write_mark
@@ -82,9 +82,9 @@ class Fetcher:
                 return filling.leased, place
             except UnknownStep:
                 pass  # no peer has it
-            except CkptdError as error:
+            except BaseException as error:
                 filling.abandon()
-                if isinstance(error, StateMismatch):
+                if isinstance(error, StateMismatch) or not isinstance(error, CkptdError):
                     raise
                 problems.append(error.message)
         for tier in self._tiers:
@@ -99,6 +99,27 @@ class Fetcher:
                 problems.append(error.message)
         detail = "; ".join(problems) or "no source holds it"
         raise RestoreFailed(f"rank {rank} of {snapshot} cannot be restored: {detail}", "try an older step")
+
+    def repair(
+        self, run: str, snapshot: SnapshotId, rank: int, holder: str, holders: Sequence[Holder]
+    ) -> tuple[Lease, str]:
+        """(lease of a slot with the shard made again from ``holders``, the source that served). What this node holds of
+        it already stays beside.
+
+        Raises:
+            NoSlot: there is no room for one more slot.
+            UnknownStep: nobody holds anything of it.
+            RestoreFailed: what they hold will not do.
+        """
+        filling = _Filling(self, run, snapshot, rank, holder)
+        try:
+            place = self._peers.rebuild(run, snapshot, rank, holders, filling)
+        except BaseException as error:
+            filling.abandon()
+            if filling.refused is not None and isinstance(error, CkptdError):
+                raise filling.refused from error
+            raise
+        return filling.leased, place
 
     def _from_memory(
         self, run: str, snapshot: SnapshotId, rank: int, world_size: int, holder: str, problems: list[str]
@@ -188,6 +209,7 @@ class _Filling:
         self._what = (run, snapshot, rank)
         self._holder = holder
         self._lease: Lease | None = None
+        self.refused: NoSlot | None = None  # why there was no slot to fill
 
     @property
     def leased(self) -> Lease:
@@ -199,7 +221,11 @@ class _Filling:
             raise Corrupt(f"rank {header.rank} of {header.snapshot} was offered for rank {self._what[2]}")
         self.abandon()
         # The header as it was sealed: so the record of its image, and the parity that names it, stay what they are.
-        self._lease = self._fetcher.begin(header, self._holder)
+        try:
+            self._lease = self._fetcher.begin(header, self._holder)
+        except NoSlot as error:
+            self.refused = error
+            raise
         return np.frombuffer(self._lease.slot.payload, np.uint8)
 
     def progressed(self, written_bytes: int) -> None:

@@ -77,8 +77,8 @@ def explain_lost(
         lost = lost_ranks(holders, snapshot, world_size)
         if lost and lost_nodes and (best is None or snapshot > best):
             notes.append(
-                f"{snapshot} is not recoverable: the shards of {_some_ranks(lost)} are lost with {_some(lost_nodes)}, more "
-                f"than parity makes up for; {newest}"
+                f"{snapshot} is not recoverable: the shards of {_some_ranks(lost)} are lost with {_some(lost_nodes)}, "
+                f"more than parity makes up for; {newest}"
             )
     return notes
 

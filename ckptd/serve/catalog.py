@@ -61,8 +61,17 @@ class Catalog:
             ranks.setdefault(header.snapshot, set()).add(header.rank)
             row.size_bytes += sum(s.size_bytes for s in header.layout.segments)
             row.created_at_s = max(row.created_at_s, header.sealed_at_s)
-            row.state = "staged" if len(ranks[header.snapshot]) == header.world_size else "partial"
+        for snapshot, row in by_snapshot.items():
+            row.state = self._state(run, snapshot, is_complete=len(ranks[snapshot]) == row.world_size)
         return by_snapshot.values()
+
+    def _state(self, run: str, snapshot: SnapshotId, *, is_complete: bool) -> str:
+        """What the coordinator says of a snapshot, of which a node of several holds only a part."""
+        of_run = [r for r in self._node.node_runs() if r.run == run]
+        if snapshot in (r.parity_id() for r in of_run):
+            return "protected"
+        is_staged = is_complete or snapshot in (r.staged_id() for r in of_run)
+        return "staged" if is_staged else "partial"
 
     def tensors(self, copy: pb.CheckpointRow) -> list[pb.TensorRow]:
         """The named tensors of a copy, with the ranks that hold boxes of each."""

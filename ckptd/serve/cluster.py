@@ -76,19 +76,29 @@ class Cluster:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # --- surveys -------------------------------------------------------------------------------------------------
-    def survey(self, run: str, entries: Sequence[RosterEntry], *, is_fresh: bool = True) -> Survey:
-        """Ask everybody; a survey of the last seconds will do unless ``is_fresh``. RestoreUndecided when a daemon of
-        ``entries`` does not answer."""
+    def survey(self, run: str, entries: Sequence[RosterEntry]) -> Survey:
+        """Ask everybody. RestoreUndecided when a daemon of ``entries`` does not answer."""
+        return self._keep(run, self._ask_all(run, entries, _PATIENCE_S, must_answer=True))
+
+    def holders(self, run: str, entries: Sequence[RosterEntry]) -> tuple[Holder, ...]:
+        """What is held by whoever answers."""
+        return self._recent(run, entries).holders
+
+    def _recent(self, run: str, entries: Sequence[RosterEntry]) -> Survey:
+        """A survey of the last seconds, or a new one of whoever answers: to find shards, not to tell that there are
+        none."""
         with self._lock:
             made_s, known = self._surveys.get(run, (0.0, None))
-        if known is not None and not is_fresh and time.monotonic() - made_s < _FRESH_S:
+        if known is not None and time.monotonic() - made_s < _FRESH_S:
             return known
-        found = self._ask_all(run, entries)
+        return self._keep(run, self._ask_all(run, entries, _PAUSE_S, must_answer=False))
+
+    def _keep(self, run: str, found: Survey) -> Survey:
         with self._lock:
             self._surveys[run] = (time.monotonic(), found)
         return found
 
-    def _ask_all(self, run: str, entries: Sequence[RosterEntry]) -> Survey:
+    def _ask_all(self, run: str, entries: Sequence[RosterEntry], patience_s: float, *, must_answer: bool) -> Survey:
         own = self._record_of(run)
         records = dict(own.incarnations) if own else {}
         holders = [held_here(self._arena, run, self.node_id, self.address)]
@@ -98,10 +108,10 @@ class Cluster:
         wave = present
         while wave := wave - asked:
             asked |= wave
-            answers = self._pool.map(lambda a: self._ask(run, a, is_present=a in present), sorted(wave))
+            answers = self._pool.map(lambda a: self._ask(run, a, patience_s if a in present else 0.0), sorted(wave))
             for address, answer in zip(sorted(wave), answers, strict=True):
                 if isinstance(answer, CkptdError):
-                    if address in present:
+                    if address in present and must_answer:
                         raise RestoreUndecided(f"the daemon at {address} did not answer: {answer.message}")
                     lost[address] = answer.message
                     continue
@@ -114,14 +124,20 @@ class Cluster:
         reasons = {entry.node_id: lost.get(entry.address, "another daemon answers there") for entry in gone}
         return Survey(_distinct(holders), records, reasons)
 
-    def _ask(self, run: str, address: str, *, is_present: bool) -> pb.InventoryResponse | CkptdError:
-        """One daemon's answer, or why there is none; one of the present roster is asked again for a while."""
-        until = time.monotonic() + (_PATIENCE_S if is_present else 0.0)
+    def _ask(self, run: str, address: str, patience_s: float) -> pb.InventoryResponse | CkptdError:
+        """One daemon's answer, or why there is none, after asking again for ``patience_s``."""
+        asked_s = time.monotonic()
+        until = asked_s + patience_s
+        is_renewed = False
         while True:
             peer = self._channels.peer(address)
             try:
                 answer: pb.InventoryResponse = peer.call(peer.peers.Inventory, pb.InventoryRequest(run=run), _ASK_S)
             except CkptdError as error:
+                if not is_renewed and error.is_retryable and time.monotonic() - asked_s < _PAUSE_S:
+                    self._channels.renew(address)  # it may only be that it refused a moment ago, and is back
+                    is_renewed = True
+                    continue
                 if not error.is_retryable or time.monotonic() > until:
                     return error
                 time.sleep(_PAUSE_S)
@@ -134,7 +150,7 @@ class Cluster:
         coordinator's."""
         coordinator = roster.coordinator
         if coordinator.node_id == self.node_id:
-            found = self.survey(run, roster.entries, is_fresh=False)
+            found = self._recent(run, roster.entries)
             return [h for h in found.holders if h.ranks.get(snapshot) or any(p.snapshot == snapshot for p in h.parity)]
         request = pb.LocateRequest(
             run=run, incarnation=incarnation_to_pb(incarnation), snapshot=snapshot_to_pb(snapshot)

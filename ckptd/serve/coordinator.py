@@ -6,6 +6,7 @@ new instance rebuilds it from what the daemons report. It commits in shared tier
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from typing import Final
 
 import structlog
 
-from ckptd.erasure.groups import Group, losses_tolerated, plan_groups
-from ckptd.errors import CkptdError, DrainFailed
+from ckptd.erasure.groups import Group, group_of, losses_tolerated, plan_groups
+from ckptd.errors import CkptdError, DrainFailed, InstanceChanged, InvalidRequest
 from ckptd.format.manifest import ArrayRecord, Manifest, RankRecord
 from ckptd.model import Incarnation, Roster, SnapshotId
 from ckptd.peers.ledger import Ledger, Outcome
@@ -29,6 +30,7 @@ from ckptd_api.v1 import coordinator_pb2 as pb
 from ckptd_api.v1 import types_pb2
 
 SILENT_S: Final = 10.0
+MOST_PROGRESS: Final = 8192
 _PROTECTION_LEVELS: Final = (pb.LEVEL_PROTECTED, pb.LEVEL_PROTECT_FAILED, pb.LEVEL_PARITY_LOST)
 _RETRY_PROTECTION_S: Final = 10.0
 log = structlog.get_logger()
@@ -60,10 +62,12 @@ class Coordinator:
         self._lock = threading.Lock()
         self._ledger = Ledger(roster.world_size, stage_deadline_s, has_tier=bool(tiers))
         self._groups: tuple[Group, ...] = plan_groups(roster)
-        self._protection = Protection(_members(self._groups), _RETRY_PROTECTION_S)
+        # Attempts of another instance of this daemon are not taken for this one's.
+        self._protection = Protection(_members(self._groups), _RETRY_PROTECTION_S, attempt=secrets.randbits(48))
         self._heard_s = dict.fromkeys(roster.nodes, time.monotonic())
         self._written: dict[str, dict[int, RankRecord]] = {}
         self._drained: set[int] = set()
+        self._adoptions: dict[int, str] = {}
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
     def set_pace(self, pace: Pace) -> None:
@@ -78,7 +82,9 @@ class Coordinator:
             return self._ledger.is_idle
 
     def report(self, request: pb.ReportRequest) -> types_pb2.Watermarks:
-        """Take one node's progress in order; the watermarks after it."""
+        """Take one node's progress in order; the watermarks after it. InvalidRequest on what no daemon of this roster
+        would report."""
+        self._check(request)
         now = time.monotonic()
         with self._lock:
             self._heard_s[request.node_id] = now
@@ -91,13 +97,23 @@ class Coordinator:
             self._ledger.left.update(request.left)
             return self._watermarks()
 
+    def _check(self, request: pb.ReportRequest) -> None:
+        if request.node_id not in self.roster.nodes:
+            # Perhaps in the next version, which has not come here yet.
+            raise InstanceChanged(f"node {request.node_id} is not in version {self.roster.version} of the roster")
+        if len(request.progress) > MOST_PROGRESS or len(request.paces) > MOST_PROGRESS:
+            raise InvalidRequest(f"a report has at most {MOST_PROGRESS} items")
+        ranks = {*(p.rank for p in request.progress), *(p.rank for p in request.paces), *request.left}
+        if max(ranks, default=0) >= self.roster.world_size:
+            raise InvalidRequest(f"rank {max(ranks)} is not in a roster of {self.roster.world_size}")
+
     def tick(self) -> None:
         with self._lock:
             now = time.monotonic()
             self._ledger.tick(now)
             silent = self._silent(now)
             self._protection.tick(now, silent)
-            self._give_up_drain_of(silent)
+            self._adopt_drains_of(silent)
 
     def restored(self, snapshot: SnapshotId) -> None:
         """Every rank holds ``snapshot`` again: it is to be protected on the nodes of this roster."""
@@ -170,6 +186,8 @@ class Coordinator:
             if (value := getattr(ledger, name)) is not None:
                 setattr(marks, name, value)
         self._mark_protection(marks)
+        for rank, node in sorted(self._adoptions.items()):
+            marks.adoptions.append(types_pb2.Adoption(rank=rank, node_id=node))
         return marks
 
     def _mark_protection(self, marks: types_pb2.Watermarks) -> None:
@@ -177,6 +195,7 @@ class Coordinator:
         marks.silent_nodes.extend(silent)
         if protection.protecting is not None:
             marks.protecting.CopyFrom(snapshot_to_pb(protection.protecting))
+            marks.protect_attempt = protection.attempt
         if protection.parity_of is not None:
             marks.parity_of.CopyFrom(snapshot_to_pb(protection.parity_of))
             marks.losses_tolerated = losses_tolerated(self._groups, silent)
@@ -228,14 +247,25 @@ class Coordinator:
         )
         commit(tier, manifest)
 
-    def _give_up_drain_of(self, silent: list[str]) -> None:
+    def _adopt_drains_of(self, silent: list[str]) -> None:
+        """Shards of nodes that are gone are drained by the first survivor of their group, which reconstructs them."""
+        self._adoptions = {}
         step = self._ledger.draining
-        lost = [n for n in silent if not self._drained.issuperset(self.roster.ranks_of(n))]
-        if step is not None and lost:
-            self._give_up(step, f"node {lost[0]} was not heard of for {SILENT_S:g} s before its shards were written")
+        for node in silent if step is not None else ():
+            left = set(self.roster.ranks_of(node)) - self._drained
+            if not left or step is None:
+                continue
+            group = group_of(self._groups, node)
+            survivor = next((n for n in group.members if n not in silent), None) if group else None
+            is_protected = self._protection.parity_of == SnapshotId(self.incarnation, step)
+            if survivor is None or not is_protected:
+                why = "the step is not protected" if survivor else "nobody of its parity group is left"
+                self._give_up(step, f"node {node} was not heard of for {SILENT_S:g} s, and {why}")
+                return
+            self._adoptions |= dict.fromkeys(left, survivor)
 
     def _give_up(self, step: int, reason: str) -> None:
-        self._written, self._drained = {}, set()
+        self._written, self._drained, self._adoptions = {}, set(), {}
         self._ledger.drain_failed(step, reason)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-import grpc
 import structlog
 
 from ckptd.arena.arena import Arena
@@ -22,21 +21,14 @@ from ckptd.files import write_atomic
 from ckptd.format.manifest import Manifest, RankRecord
 from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId, check_run_name
-from ckptd.peers.channels import Channels
 from ckptd.peers.pace import Pace, Wish
-from ckptd.peers.protect import Protector
-from ckptd.peers.rate import TokenBucket
-from ckptd.peers.rebuild import Rebuilder
-from ckptd.peers.shelf import Shelf
-from ckptd.peers.transport import GrpcTransport, LocalTransport
-from ckptd.restore.fetch import Fetcher
 from ckptd.restore.inventory import MEMORY, record_in_tiers
-from ckptd.serve.cluster import Cluster
 from ckptd.serve.commits import NodeCommits
 from ckptd.serve.coordinator import Coordinator
 from ckptd.serve.drainer import Drainer
 from ckptd.serve.node_run import NodeRun
-from ckptd.serve.protecting import Protecting
+from ckptd.serve.peering import Peering, check_addresses
+from ckptd.serve.scrubber import Scrubber
 from ckptd.serve.sessions import Identity, Sessions
 from ckptd.tiers.tier import Tier
 from ckptd_api.convert import incarnation_from_pb
@@ -56,31 +48,12 @@ class Node:
         self.sessions = Sessions(settings.allow_group)
         self.tiers = list(tiers)
         self.arena = Arena(settings.arena, settings.memory_bytes, settings.slots)
-        self.arena.marks_of = self._marks_of
+        self.arena.marks_of = self.marks_of
         self.arena.is_ended = self.is_ended
-        self.drainer = Drainer(self.tiers, self.metrics)
-        self.shelf = Shelf(self.arena)
-        self._channels = Channels(_credentials(settings))
-        self.cluster = Cluster(self.arena, self._channels, self.shelf, self.records_of)
-        transport, local = GrpcTransport(self._channels, settings.peer_silence_s), LocalTransport(self.shelf)
-        self.protector = Protector(
-            self.arena,
-            transport,
-            self.cluster.describe_image,
-            TokenBucket(settings.protect_rate_bytes),
-            self.metrics,
-            settings.protect_deadline_s,
-        )
-        self.protecting = Protecting(self.arena, self.protector, self._marks_of)
-        rebuilder = Rebuilder(
-            lambda holder: local if holder.node_id == self.node_id else transport,
-            lambda holder, *what: self.cluster.describe_image(
-                holder.address, *what, is_here=holder.node_id == self.node_id
-            ),
-            self.cluster.describe_group,
-        )
-        self.fetcher = Fetcher(self.arena, self.tiers, rebuilder, self._on_corrupt)
         self.node_id = ""
+        self.drainer = Drainer(self.tiers, self.metrics)
+        self.peering = Peering(settings, self.arena, self.tiers, self.metrics, self)
+        self.scrubber = Scrubber(self)
         self.records: dict[str, RunRecord] = {}
         self._runs: dict[tuple[str, Incarnation], NodeRun] = {}
         self._coordinators: dict[tuple[str, Incarnation], Coordinator] = {}
@@ -89,13 +62,13 @@ class Node:
     @property
     def address(self) -> str:
         """HOST:PORT at which peers reach this daemon; "" when they cannot."""
-        return self.cluster.address
+        return self.peering.cluster.address
 
     # --- life ----------------------------------------------------------------------------------------------------
     def open(self) -> None:
         """Adopt what is in the arena and take up the runs it belongs to; drains that were interrupted go on."""
         self.arena.open()
-        self.node_id = self.cluster.node_id = self._read_node_id()
+        self.node_id = self.peering.cluster.node_id = self._read_node_id()
         for record in load_records(self.settings.arena):
             if isinstance(record, Corrupt):
                 self.arena.problems.append(record.message)
@@ -117,12 +90,11 @@ class Node:
 
     def close(self) -> None:
         """Stop the threads; what is sealed stays for the next daemon."""
-        self.protector.close()
+        self.scrubber.close()
+        self.peering.close()
         self.drainer.close()
         for run in self.node_runs():
             run.close()
-        self.cluster.close()
-        self._channels.close()
         for coordinator in self.coordinators():
             coordinator.close()
         self.arena.close()
@@ -133,7 +105,7 @@ class Node:
             write_atomic(path, secrets.token_hex(8).encode(), sync=False)
         return path.read_text()
 
-    def _on_corrupt(self, run: str, place: str, problem: str) -> None:
+    def on_corrupt(self, run: str, place: str, problem: str) -> None:
         log.error("corrupt copy set aside", run=run, place=place, problem=problem)
         self.metrics.corrupt_total.labels(run, MEMORY if place == MEMORY else "tier").inc()
 
@@ -160,7 +132,7 @@ class Node:
     ) -> NodeRun:
         """A rank of this node joins; the first to do so takes up the incarnation here."""
         check_run_name(run)
-        _check_addresses(roster)
+        check_addresses(roster)
         if roster.entries[rank].node_id != self.node_id:
             raise InstanceChanged(f"the roster places rank {rank} on node {roster.entries[rank].node_id}")
         with self._lock:
@@ -176,7 +148,7 @@ class Node:
             coordinator.set_pace(pace)
         node_run.join(rank, pid)
         node_run.report_held()
-        node_run.hear()
+        node_run.reporter.hear()
         return node_run
 
     def check_current(self, run: str, incarnation: Incarnation) -> None:
@@ -212,7 +184,8 @@ class Node:
                 ),
                 self.metrics,
                 self._report,
-                self.protecting.follow,
+                self.peering.protecting.follow,
+                self.peering.adopt,
             )
             self._runs[key] = node_run
             return node_run
@@ -251,7 +224,7 @@ class Node:
             return self._take_report(request)
         if not coordinator.address:
             raise DaemonUnreachable("rank 0 has no daemon, so nobody coordinates")
-        peer = self._channels.peer(coordinator.address)
+        peer = self.peering.channels.peer(coordinator.address)
         answer: pb.ReportResponse = peer.call(peer.coordinator.Report, request)
         return answer
 
@@ -260,7 +233,11 @@ class Node:
         coordinator = self._coordinators.get((request.run, incarnation))
         if coordinator is None:
             raise DaemonUnreachable(f"this daemon does not coordinate incarnation {incarnation} of run {request.run}")
-        return pb.ReportResponse(watermarks=coordinator.report(request), instance=self.instance)
+        marks = coordinator.report(request)
+        here = self._runs.get((request.run, incarnation))
+        if here is not None and request.node_id != self.node_id and marks != here.watermarks:
+            here.report()  # what another node's report has changed is news to this one's ranks
+        return pb.ReportResponse(watermarks=marks, instance=self.instance)
 
     def _manifest(self, node_run: NodeRun, snapshot: SnapshotId, records: list[RankRecord]) -> Manifest:
         """The manifest of this node's ranks, for a tier of its own."""
@@ -349,12 +326,21 @@ class Node:
         if known.is_decided and known.parent == parent:
             return
         roster = self._runs[run, incarnation].roster
-        if roster.coordinator.node_id == self.node_id:
-            self.cluster.record_decision(run, incarnation, roster, parent)
-        decided = self.remember_decision(run, incarnation, roster, parent)
+        self.peering.cluster.record_decision(run, incarnation, roster, parent)
+        self._record_in_tiers(run, self.remember_decision(run, incarnation, roster, parent))
         coordinator = self._coordinators.get((run, incarnation))
         if coordinator and parent:
             coordinator.restored(parent)
+
+    def decide_by_saving(self, run: str, incarnation: Incarnation) -> None:
+        """A first save without a restore before it: the incarnation starts from nothing. Each node finds that out by
+        itself, so none waits for another."""
+        node_run = self._runs[run, incarnation]
+        decided = self.remember_decision(run, incarnation, node_run.roster, None)
+        if node_run.is_coordinated_here:
+            self._record_in_tiers(run, decided)
+
+    def _record_in_tiers(self, run: str, decided: IncarnationRecord) -> None:
         for problem in record_in_tiers(self.tiers, run, decided):
             log.warning("decision is not in the tier", run=run, problem=problem)
 
@@ -388,12 +374,14 @@ class Node:
             del record.incarnations[min(record.incarnations)]
         save_record(self.settings.arena, record)
 
-    def _marks_of(self, run: str) -> RunMarks:
+    def marks_of(self, run: str) -> RunMarks:
         record = self.records.get(run)
         newest = record.newest if record else None
         if newest is None:
             return RunMarks()
         node_run = self._runs.get((run, newest.incarnation))
+        # Until something of this incarnation is protected, what was protected before is all that a lost node leaves.
+        is_bare = node_run is not None and bool(node_run.groups) and node_run.parity_id() is None
         return RunMarks(
             current=newest.incarnation,
             is_decided=newest.is_decided,
@@ -401,39 +389,11 @@ class Node:
             staged=node_run.staged_id() if node_run else None,
             protected=node_run.parity_id() if node_run else None,
             protecting=node_run.protecting_id() if node_run else None,
+            fallbacks=self._parity_before(run, newest) if is_bare else (),
             dead=node_run.dead_ids() if node_run else (),
         )
 
-
-def _credentials(settings: Settings) -> grpc.ChannelCredentials | None:
-    """This daemon's certificate, shown to its peers; None without TLS."""
-    if not (settings.tls_cert and settings.tls_key and settings.tls_ca):
-        return None
-    return grpc.ssl_channel_credentials(
-        settings.tls_ca.read_bytes(), settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
-    )
-
-
-def _check_addresses(roster: Roster) -> None:
-    """InvalidRequest when the daemons of several nodes could not reach one another."""
-    if len(roster.nodes) < 2:
-        return
-    for entry in roster.nodes.values():
-        if not entry.address:
-            raise InvalidRequest(
-                f"the daemon of rank {entry.rank} (node {entry.node_id}) has no address for its peers",
-                "serve with --listen HOST:PORT on every node of a run",
-            )
-
-
-def open_tiers(settings: Settings) -> list[Tier]:
-    """The tiers of the settings, opened; InvalidRequest or TierFailed with a hint."""
-    from ckptd.tiers.spec import TierSpec
-    from ckptd.tiers.zarr_tier import ZarrTier
-
-    tiers: list[Tier] = []
-    for text in settings.tiers:
-        tier = ZarrTier(TierSpec.parse(text))
-        tier.open()
-        tiers.append(tier)
-    return tiers
+    def _parity_before(self, run: str, newest: IncarnationRecord) -> set[SnapshotId]:
+        """Snapshots of older incarnations, not newer than the one restored, of which parity is here."""
+        held = {file.header.group.snapshot for file in self.arena.parity.sealed(run) if file.header}
+        return {s for s in held if newest.parent and s <= newest.parent}

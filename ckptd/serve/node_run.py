@@ -1,18 +1,15 @@
 """One incarnation of one run on this node: its ranks, what the coordinator last said, and what to report to it.
 
-Events come from the services, the drainer and the protector; each is reported to the coordinator at once (by a thread
-of its own when that is another daemon), and the watermarks in the answer wake the ranks' watch streams and start or end
-drains and protection. When the coordinator cannot be reached nothing is recycled (the last watermarks stay in force),
-``problem`` says so, and the report is kept for the next try.
+Events come from the services, the drainer and the protector; each is reported to the coordinator, and the watermarks in
+the answer wake the ranks' watch streams and start or end drains and protection. When the coordinator cannot be reached
+nothing is recycled: the last watermarks stay in force.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -27,28 +24,29 @@ from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId
 from ckptd.serve.commits import NodeCommits
 from ckptd.serve.drainer import Drain, Drainer
+from ckptd.serve.reporter import Reporter
 from ckptd_api.convert import incarnation_to_pb, snapshot_from_pb
 from ckptd_api.v1 import coordinator_pb2 as pb
 from ckptd_api.v1 import types_pb2
 
-_MOST_UNSENT: Final = 4096
+_LOOK_S: Final = 0.2
 log = structlog.get_logger()
 Link = Callable[[Roster, pb.ReportRequest], pb.ReportResponse]
-_BEAT_S: Final = 0.4
-_NODES_PER_SECOND: Final = 2000  # reports that one coordinator takes
 
 
 @dataclass(slots=True)
 class RankState:
-    """A rank of this node: ``state`` is "joined", "left" or "dead"."""
+    """A rank of this node: ``state`` is "joined", "left" or "dead". ``watch`` is the newest stream of watermarks that
+    it opened: only the end of that one is its death."""
 
     pid: int
     state: Literal["joined", "left", "dead"]
+    watch: object | None = None
 
 
 class NodeRun:
     """See the module. ``link`` carries a report to the coordinator that a roster names; ``on_marks`` is called when the
-    watermarks or the roster have changed."""
+    watermarks or the roster have changed; ``fetch`` brings a rank's shard into a leased slot here."""
 
     def __init__(
         self,
@@ -63,13 +61,14 @@ class NodeRun:
         metrics: Metrics,
         link: Link,
         on_marks: Callable[[NodeRun], None],
+        fetch: Callable[[NodeRun, SnapshotId, int], Lease],
     ) -> None:
         self.run = run
         self.incarnation = incarnation
         self.roster = roster
+        self.confirmed: SnapshotId | None = None
         self.groups = plan_groups(roster)
-        self.problem: CkptdError | None = None
-        self.protecting: tuple[SnapshotId, int] | None = None
+        self.protecting: tuple[SnapshotId, int, int] | None = None  # with the roster's version and the attempt
         self.ranks: dict[int, RankState] = {}
         self.watermarks = types_pb2.Watermarks()
         self.changed = threading.Condition()
@@ -82,22 +81,19 @@ class NodeRun:
         self._commits = commits
         self._link = link
         self._on_marks = on_marks
-        self._coordinator = 0  # the instance of it that answered last
-        self._reported_s = 0.0
-        self._queue = threading.Lock()
-        self._reports = ThreadPoolExecutor(1, thread_name_prefix="reports")
-        self._is_report_due = False
-        self._unsent: list[pb.Progress] = []
-        self._paces: list[pb.Pace] = []
+        self._fetch = fetch
         self._left: set[int] = set()
-        self._sending = threading.Lock()
-        self._drain_leases: dict[int, list[Lease]] = {}
+        self.reporter = Reporter(self)
+        self._drain_leases: dict[int, dict[int, Lease]] = {}
+        self._adopting: set[tuple[int, int]] = set()
         self._dead_seen: set[int] = set()
 
     # --- ranks ---------------------------------------------------------------------------------------------------
     def join(self, rank: int, pid: int) -> None:
         with self.changed:
-            self.ranks[rank] = RankState(pid, "joined")
+            known = self.ranks.get(rank)
+            if known is None or known.pid != pid or known.state != "joined":  # else: it brings a later roster
+                self.ranks[rank] = RankState(pid, "joined")
         self._metrics.ranks.labels(self.run).set(self._alive())
 
     def leave(self, rank: int, state: Literal["left", "dead"]) -> None:
@@ -149,7 +145,7 @@ class NodeRun:
         self._on_marks(self)
 
     def close(self) -> None:
-        self._reports.shutdown(wait=False, cancel_futures=True)
+        self.reporter.close()
 
     def holder(self, rank: int) -> str:
         """The holder of this rank's leases."""
@@ -175,26 +171,30 @@ class NodeRun:
                 )
                 for h in mine
             ),
-            *(self.protection(pb.LEVEL_PROTECTED, snapshot) for snapshot in self.parity_in_place()),
+            *(
+                self.protection(pb.LEVEL_PROTECTED, snapshot)
+                for snapshot in sorted(self.parity_in_place())
+                if snapshot.incarnation == self.incarnation
+            ),
         )
 
-    def parity_in_place(self) -> list[SnapshotId]:
-        """The snapshots of this incarnation of which all parity that this node should hold is here."""
+    def parity_in_place(self) -> set[SnapshotId]:
+        """The snapshots of which all parity that this node should hold is here."""
         group = group_of(self.groups, self._node_id)
         if group is None:
-            return []
-        files = self._arena.parity.sealed(self.run)
-        found = {}
+            return set()
+        files = [f for f in self._arena.parity.sealed(self.run) if f.header]
+        found = set()
         for record in {f.held.group.key: f.held.group for f in files}.values():
-            if record.geometry != group.geometry or record.snapshot.incarnation != self.incarnation:
+            if record.geometry != group.geometry:
                 continue
             if [i.ranks for i in record.images] != [self.roster.ranks_of(member) for member in group.members]:
                 continue
             wanted = Stripes(record.geometry, 1).parity_of(group.position(self._node_id))
             here = {(f.held.stripe, f.held.row) for f in files if f.held.group.key == record.key}
             if here.issuperset(wanted):
-                found[record.snapshot] = True
-        return sorted(found)
+                found.add(record.snapshot)
+        return found
 
     def protection(self, level: pb.Level.ValueType, snapshot: SnapshotId, reason: str = "") -> pb.Progress:
         """What came of this node's parity of ``snapshot``."""
@@ -207,79 +207,43 @@ class NodeRun:
         )
 
     def report_pace(self, rank: int, step: int, step_s: float, stall_s: float) -> None:
-        with self._queue:
-            self._paces.append(pb.Pace(rank=rank, step=step, step_seconds=step_s, stall_seconds=stall_s))
-        self.report()
+        self.reporter.report(paces=[pb.Pace(rank=rank, step=step, step_seconds=step_s, stall_seconds=stall_s)])
 
     def report(self, *progress: pb.Progress) -> None:
-        """Send ``progress``, and what could not be sent before, and take the watermarks that come back: now when the
-        coordinator is here, else soon, so that no caller waits for another node."""
-        with self._queue:
-            self._unsent = [*self._unsent, *progress][-_MOST_UNSENT:]
-        if self.is_coordinated_here:
-            self._send()
-            return
-        with self._queue:
-            if self._is_report_due:
-                return
-            self._is_report_due = True
-        with suppress(RuntimeError):  # closed: the run is over here
-            self._reports.submit(self._send)
+        """Tell the coordinator, and take the watermarks that come back: now when it is here, else soon."""
+        self.reporter.report(progress)
 
-    def beat(self) -> None:
-        """Report as a sign of life, when nothing was reported for a while: the more nodes, the longer."""
-        wait_s = _BEAT_S + (0 if self.is_coordinated_here else len(self.roster.nodes) / _NODES_PER_SECOND)
-        if time.monotonic() - self._reported_s > wait_s:
-            self.report()
+    @property
+    def is_waiting(self) -> bool:
+        """Something that this node has done is not answered by the watermarks yet."""
+        staged = self.staged_id()
+        mine = [s.header.snapshot for s in self._arena.sealed(self.run) if s.header]
+        newest = max((s for s in mine if s.incarnation == self.incarnation), default=None)
+        is_staging = newest is not None and newest not in self.dead_ids() and (staged is None or newest > staged)
+        return is_staging or self.watermarks.HasField("protecting")
 
-    def hear(self) -> None:
-        """Have watermarks of the coordinator, or raise why there are none: a rank without a schedule would skip what
-        the others take."""
-        if self._coordinator == 0:
-            self._send()
-        if self._coordinator == 0 and self.problem is not None:
-            raise self.problem
+    @property
+    def node_count(self) -> int:
+        return len(self.roster.nodes)
 
-    def _send(self) -> None:
-        with self._sending:
-            with self._queue:
-                self._is_report_due = False
-                progress, paces, self._unsent, self._paces = self._unsent, self._paces, [], []
-            self._reported_s = time.monotonic()
-            request = pb.ReportRequest(
-                run=self.run,
-                incarnation=incarnation_to_pb(self.incarnation),
-                node_id=self._node_id,
-                instance=self._instance,
-                progress=progress,
-                paces=paces,
-                left=sorted(self._left),
-            )
-            try:
-                answer = self._link(self.roster, request)
-            except CkptdError as error:
-                with self._queue:
-                    self._unsent = [*progress, *self._unsent][-_MOST_UNSENT:]
-                self._note(error)
-                return
-            self._note(None)
-            is_new = self._coordinator not in (0, answer.instance)
-            self._coordinator = answer.instance
-            self._apply(answer.watermarks)  # under the lock, so that an older answer never overtakes a newer one
-        if is_new:
-            self.report_held()
+    def request(self, progress: Sequence[pb.Progress], paces: Sequence[pb.Pace]) -> pb.ReportRequest:
+        return pb.ReportRequest(
+            run=self.run,
+            incarnation=incarnation_to_pb(self.incarnation),
+            node_id=self._node_id,
+            instance=self._instance,
+            progress=progress,
+            paces=paces,
+            left=sorted(self._left),
+        )
 
-    def _note(self, problem: CkptdError | None) -> None:
-        if (problem is None) != (self.problem is None):
-            if problem:
-                log.warning("coordinator cannot be reached", run=self.run, reason=problem.message)
-            else:
-                log.info("coordinator is back", run=self.run)
-        self.problem = problem
+    def send(self, request: pb.ReportRequest) -> pb.ReportResponse:
+        return self._link(self.roster, request)
 
     # --- watermarks ----------------------------------------------------------------------------------------------
-    def _apply(self, marks: types_pb2.Watermarks) -> None:
+    def take(self, answer: pb.ReportResponse) -> None:
         """Take the run's watermarks: free what is dead, start or end drains, wake the ranks."""
+        marks = answer.watermarks
         with self.changed:
             if marks == self.watermarks:
                 return
@@ -287,6 +251,7 @@ class NodeRun:
             self.watermarks = marks
             self.version += 1
             self._follow_drain(marks)
+            self._follow_adoptions(marks)
             self.changed.notify_all()
         self._on_marks(self)
 
@@ -296,10 +261,12 @@ class NodeRun:
 
     def parity_id(self) -> SnapshotId | None:
         """The snapshot that is protected everywhere."""
-        return snapshot_from_pb(self.watermarks.parity_of) if self.watermarks.HasField("parity_of") else None
+        marks = self.watermarks
+        return snapshot_from_pb(marks.parity_of) if marks.HasField("parity_of") else None
 
     def protecting_id(self) -> SnapshotId | None:
-        return snapshot_from_pb(self.watermarks.protecting) if self.watermarks.HasField("protecting") else None
+        marks = self.watermarks
+        return snapshot_from_pb(marks.protecting) if marks.HasField("protecting") else None
 
     def dead_ids(self) -> set[SnapshotId]:
         return {SnapshotId(self.incarnation, outcome.step) for outcome in self.watermarks.dead}
@@ -309,9 +276,15 @@ class NodeRun:
         return bool(self._drain_leases)
 
     def wait_settled(self, timeout_s: float) -> bool:
-        """True once nothing of this incarnation is on its way to a tier or to peers."""
+        """True once nothing of this incarnation is on its way to a tier or to peers; without the coordinator nobody can
+        say that protection is complete, so then it is not waited for."""
+        until = time.monotonic() + timeout_s
         with self.changed:
-            return self.changed.wait_for(lambda: not self._drain_leases and self.protecting is None, timeout_s)
+            while self._drain_leases or (self.protecting is not None and self.reporter.problem is None):
+                if time.monotonic() > until:
+                    return False
+                self.changed.wait(_LOOK_S)
+        return True
 
     def draining_ids(self) -> set[SnapshotId]:
         return {SnapshotId(self.incarnation, step) for step in self._drain_leases}
@@ -319,24 +292,51 @@ class NodeRun:
     def _follow_drain(self, marks: types_pb2.Watermarks) -> None:
         draining = marks.draining if marks.HasField("draining") else None
         for step in [s for s in self._drain_leases if s != draining]:
-            for lease in self._drain_leases.pop(step):
+            for lease in self._drain_leases.pop(step).values():
                 self._arena.release(lease.id)
         if draining is None or draining in self._drain_leases:
             return
         snapshot = SnapshotId(self.incarnation, draining)
-        self._drain_leases[draining] = []
+        self._drain_leases[draining] = {}
         for rank in self.roster.ranks_of(self._node_id):
             slot = self._arena.find_sealed(self.run, snapshot, rank)
             if slot is None:
                 log.warning("nothing to drain", run=self.run, rank=rank, step=draining)
-                threading.Thread(target=self._lost, args=(rank, draining), daemon=True).start()
+                reason = "its slot is not in memory any more"
+                threading.Thread(target=self._drain_failed, args=(rank, draining, reason), daemon=True).start()
                 continue
-            self._drain_leases[draining].append(self._arena.lease(slot, f"drain/{self.run}/{snapshot}"))
-            self._drainer.submit(Drain(self.run, snapshot, rank, slot, self._commits, self.report))
+            self._drain(snapshot, rank, self._arena.lease(slot, f"drain/{self.run}/{snapshot}"))
 
-    def _lost(self, rank: int, step: int) -> None:
-        reason = "its slot is not in memory any more"
+    def _drain(self, snapshot: SnapshotId, rank: int, lease: Lease) -> None:
+        self._drain_leases[snapshot.step][rank] = lease
+        self._drainer.submit(Drain(self.run, snapshot, rank, lease.slot, self._commits, self.report))
+
+    def _drain_failed(self, rank: int, step: int, reason: str) -> None:
         self.report(pb.Progress(rank=rank, step=step, level=pb.LEVEL_DRAIN_FAILED, reason=reason))
+
+    def _follow_adoptions(self, marks: types_pb2.Watermarks) -> None:
+        """Bring shards of a lost node here and drain them, when the coordinator says that it is this node's turn."""
+        adopted = self._drain_leases.get(marks.draining) if marks.HasField("draining") else None
+        for rank in [a.rank for a in marks.adoptions if a.node_id == self._node_id]:
+            if adopted is not None and rank not in adopted and (marks.draining, rank) not in self._adopting:
+                self._adopting.add((marks.draining, rank))
+                threading.Thread(target=self._adopt, args=(rank, marks.draining), name="adoption", daemon=True).start()
+
+    def _adopt(self, rank: int, step: int) -> None:
+        snapshot = SnapshotId(self.incarnation, step)
+        log.info("draining for a lost node", run=self.run, rank=rank, step=step)
+        try:
+            lease = self._fetch(self, snapshot, rank)
+        except CkptdError as error:
+            self._drain_failed(rank, step, f"its node is lost, and it cannot be had from peers: {error.message}")
+            return
+        finally:
+            self._adopting.discard((step, rank))
+        with self.changed:
+            if step in self._drain_leases:
+                self._drain(snapshot, rank, lease)
+                return
+        self._arena.release(lease.id)
 
     def _count(self, old: types_pb2.Watermarks, new: types_pb2.Watermarks) -> None:
         for level in ("staged", "protected", "durable"):
@@ -347,8 +347,8 @@ class NodeRun:
         self._metrics.dead_steps_total.labels(self.run).inc(len(fresh))
         self._dead_seen = {outcome.step for outcome in new.dead}
         failed = {o.step for o in new.not_durable if o.error == "DrainFailed"}
-        if new.HasField("losses_tolerated"):
-            self._metrics.losses_tolerated.labels(self.run).set(new.losses_tolerated)
+        if self.groups:
+            self._metrics.losses_tolerated.labels(self.run).set(new.losses_tolerated)  # 0 while nothing is protected
         before = {o.step for o in old.not_durable if o.error == "DrainFailed"}
         self._metrics.commits_total.labels(self.run, "failed").inc(len(failed - before))
         if new.HasField("durable") and (not old.HasField("durable") or new.durable != old.durable):

@@ -12,6 +12,7 @@ import structlog
 
 import ckptd
 from ckptd.arena.slot import Slot
+from ckptd.erasure.groups import group_of
 from ckptd.errors import (
     CkptdError,
     CoordinatorUnreachable,
@@ -86,14 +87,16 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
     def Survey(self, request: pb.SurveyRequest, context: grpc.ServicerContext) -> pb.SurveyResponse:
         run = check_run_name(request.run)
         self._check_if_known(run)
+        _check_world_size(len(request.entries))
         entries = [roster_entry_from_pb(entry) for entry in request.entries]
-        found = self._node.cluster.survey(run, entries)
+        found = self._node.peering.cluster.survey(run, entries)
         known = incarnations(found.records, self._node.tiers, run)
         return pb.SurveyResponse(highest_ordinal=max((i.ordinal for i in known), default=0))
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
         roster, incarnation = roster_from_pb(request.roster), incarnation_from_pb(request.incarnation)
-        if not 0 < roster.world_size <= _MOST_RANKS or request.rank >= roster.world_size:
+        _check_world_size(roster.world_size)
+        if request.rank >= roster.world_size:
             raise InvalidRequest(f"rank {request.rank} is not in a roster of {roster.world_size}")
         pace = Pace(_wish(request.every), _persist_wish(request.persist_every, self._node.tiers))
         run = self._node.join(caller(), request.run, incarnation, roster, request.rank, request.pid, pace)
@@ -109,11 +112,32 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         except CkptdError as error:
             # Not fatal: begin() will say the same of a real size.
             log.warning("slots not prepared", run=run.run, rank=rank, reason=error.message)
+        self._warn_of_parity(run)
+
+    def _warn_of_parity(self, run: NodeRun) -> None:
+        """Say before the first save that memory will not do for slots and two generations of parity."""
+        group, settings = group_of(run.groups, self._node.node_id), self._node.settings
+        if group is None:
+            return
+        sizes: dict[str, int] = {}
+        for entry in run.roster.entries:
+            sizes[entry.node_id] = sizes.get(entry.node_id, 0) + entry.estimated_bytes
+        longest = max(sizes[node] for node in group.members)
+        needed = settings.slots * sizes[self._node.node_id] + 2 * longest * group.geometry.m // group.geometry.k
+        if needed > settings.memory_bytes:
+            log.warning(
+                "memory is short for this run: steps will be skipped or not protected",
+                run=run.run,
+                needed_bytes=needed,
+                memory_bytes=settings.memory_bytes,
+            )
 
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchResponse]:
         """Watermarks as they change, at least one a second. Its end without Leave is the death of the rank."""
         run = self._run(request)
-        joined = run.ranks.get(request.rank)
+        joined, own = run.ranks.get(request.rank), object()
+        if joined is not None:
+            joined.watch = own
         seen = -1
         try:
             while context.is_active():
@@ -122,7 +146,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                     seen, marks = run.version, run.watermarks
                 yield pb.WatchResponse(instance=self._node.instance, watermarks=marks)
         finally:
-            if joined is not None and run.ranks.get(request.rank) is joined and joined.state == "joined":
+            is_last = joined is not None and joined.watch is own and run.ranks.get(request.rank) is joined
+            if joined is not None and is_last and joined.state == "joined":
                 log.warning("rank died", run=run.run, rank=request.rank, pid=joined.pid)
                 run.leave(request.rank, "dead")
 
@@ -142,13 +167,15 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             raise StepRepeated(f"step {request.step}: step {run.watermarks.staged} is staged already")
         if any(o.step == request.step for o in run.watermarks.dead):
             raise StepDead(f"step {request.step} is dead: another rank could not take it")
-        if run.problem is not None:
-            raise CoordinatorUnreachable(f"step {request.step}: {run.problem.message}")
+        if (problem := run.reporter.problem) is not None:
+            raise CoordinatorUnreachable(f"step {request.step}: {problem.message}")
+        if request.roster_version > run.roster.version:
+            raise SlotNotReady(f"version {request.roster_version} of the roster is on its way here")
         if missing := [entry.rank for entry in run.roster.entries if not entry.node_id]:
             raise StepDead(f"step {request.step} is dead: rank {missing[0]} has no daemon")
         # What this incarnation starts from is settled by its first save, if no restore settled it before.
         if not self._node.records[run.run].incarnations[run.incarnation].is_decided:
-            self._node.decide(run.run, run.incarnation, None)
+            self._node.decide_by_saving(run.run, run.incarnation)
         segments = [Segment(s.dtype, s.size_bytes) for s in request.segments]
         layout = SlotLayout.plan(request.index_bytes, segments, run.roster.block_bytes)
         header = SlotHeader(
@@ -231,7 +258,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         run = check_run_name(request.run)
         self._check_if_known(run)
         node, asking = self._node, incarnation_from_pb(request.incarnation)
-        survey = node.cluster.survey(run, roster_from_pb(request.roster).entries)
+        survey = node.peering.cluster.survey(run, roster_from_pb(request.roster).entries)
         found = available(survey.holders, node.tiers, run)
         everything = found
         if request.source:
@@ -254,7 +281,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         run = self._run(request)
         snapshot, started = snapshot_from_pb(request.snapshot), time.monotonic()
         failpoint("restore.before_fetch")
-        lease, source = self._node.fetcher.fetch(
+        lease, source = self._node.peering.fetcher.fetch(
             run.run,
             snapshot,
             request.rank,
@@ -262,7 +289,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             request.source,
             caller().uid,
             run.holder(request.rank),
-            lambda: self._node.cluster.locate(run.run, run.incarnation, run.roster, snapshot),
+            lambda: self._node.peering.cluster.locate(run.run, run.incarnation, run.roster, snapshot),
         )
         header = lease.slot.sealed_header
         place = "tier" if "://" in source else source
@@ -325,6 +352,11 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
     def _check_owner(self, slot: Slot) -> None:
         run, _ = self._node.arena.owner_of(slot)
         self._node.record_for(caller(), run)
+
+
+def _check_world_size(ranks: int) -> None:
+    if ranks > _MOST_RANKS:
+        raise InvalidRequest(f"a run may have {_MOST_RANKS} ranks, not {ranks}")
 
 
 def _progress(slot: Slot, level: coordinator_pb2.Level.ValueType) -> coordinator_pb2.Progress:

@@ -42,18 +42,20 @@ class PeerService(peers_pb2_grpc.PeerServiceServicer):
         self, request: pb.DescribeImageRequest, context: grpc.ServicerContext
     ) -> pb.DescribeImageResponse:
         run, snapshot = self._run(request.run), snapshot_from_pb(request.snapshot)
-        image = self._node.shelf.image(run, snapshot, _ranks(request.ranks))
+        image = self._node.peering.shelf.image(run, snapshot, _ranks(request.ranks))
         return pb.DescribeImageResponse(image=encode_image(image))
 
     def DescribeGroup(
         self, request: pb.DescribeGroupRequest, context: grpc.ServicerContext
     ) -> pb.DescribeGroupResponse:
-        group = self._node.shelf.group(self._run(request.run), snapshot_from_pb(request.snapshot), request.group)
+        group = self._node.peering.shelf.group(
+            self._run(request.run), snapshot_from_pb(request.snapshot), request.group
+        )
         return pb.DescribeGroupResponse(group=encode_group(group))
 
     def Pull(self, request: pb.PullRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]
         """Raw PullResponse messages, so that the payload is copied once (registered so in ``server``)."""
-        run, snapshot, shelf = self._run(request.run), snapshot_from_pb(request.snapshot), self._node.shelf
+        run, snapshot, shelf = self._run(request.run), snapshot_from_pb(request.snapshot), self._node.peering.shelf
         first, blocks, batch = request.first_block, request.blocks, request.batch_blocks
         if batch < 1:
             raise InvalidRequest("batch_blocks must be at least 1")
@@ -77,7 +79,7 @@ class PeerService(peers_pb2_grpc.PeerServiceServicer):
         known = self._node.find_run(run, incarnation)
         if known is None:
             raise DaemonUnreachable(f"run {run} was not joined with this instance of the daemon")
-        holders = self._node.cluster.locate(run, incarnation, known.roster, snapshot)
+        holders = self._node.peering.cluster.locate(run, incarnation, known.roster, snapshot)
         return pb.LocateResponse(holders=[holder_to_pb(holder, snapshot) for holder in holders])
 
     def RecordDecision(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import structlog
@@ -29,17 +30,15 @@ class Protecting:
     def follow(self, run: NodeRun) -> None:
         """The watermarks or the roster of ``run`` have changed."""
         self.recycle(run.run)
+        self._confirm(run)
         snapshot = run.protecting_id()
-        wanted = (snapshot, run.roster.version) if snapshot else None
+        wanted = (snapshot, run.roster.version, run.watermarks.protect_attempt) if snapshot else None
         with run.changed:
             if wanted == run.protecting:
                 return
             run.protecting = wanted
         group = group_of(run.groups, run.node_id)
-        if snapshot is None or wanted is None:
-            return
-        if group is None:
-            run.report(run.protection(pb.LEVEL_PROTECT_FAILED, snapshot, "this node is in no parity group"))
+        if snapshot is None or wanted is None or group is None:
             return
 
         def report(problem: str | None) -> None:
@@ -59,6 +58,18 @@ class Protecting:
                 report=report,
             )
         )
+
+    def _confirm(self, run: NodeRun) -> None:
+        """Withdraw what counts as protected when this node's part is not here: a daemon that restarted may have found
+        its parity damaged."""
+        snapshot = run.parity_id()
+        if snapshot == run.confirmed:
+            return
+        run.confirmed = snapshot
+        if snapshot and group_of(run.groups, run.node_id) and snapshot not in run.parity_in_place():
+            # Reports are answered by what calls this: a thread, so that it does not wait for itself.
+            reason = "not in memory after a restart"
+            threading.Thread(target=self.withdraw, args=(run, snapshot, reason), daemon=True).start()
 
     def recycle(self, run: str) -> None:
         """Free the parity of snapshots whose shards need not be kept either."""

@@ -21,13 +21,14 @@ from ckptd.errors import CkptdError, InvalidRequest, NotPermitted
 from ckptd.serve.fd_socket import FdSocket
 from ckptd.serve.http import serve_http
 from ckptd.serve.logs import configure_logging
-from ckptd.serve.node import Node, open_tiers
+from ckptd.serve.node import Node
 from ckptd.serve.node_service import NodeService
 from ckptd.serve.operator_service import OperatorService
 from ckptd.serve.peer_service import PeerService
 from ckptd.serve.rpc import Boundary, caller
 from ckptd.serve.sessions import Identity
 from ckptd.serve.upkeep import Upkeep
+from ckptd.tiers.tier import Tier
 from ckptd_api.v1 import (
     coordinator_pb2,
     coordinator_pb2_grpc,
@@ -86,7 +87,7 @@ class _RawBulk:
 def serve(settings: Settings) -> int:
     """Run the daemon until SIGTERM or SIGINT. Exit code 0, or 3 when drains were left to the next start."""
     configure_logging(settings.log_level, is_json=settings.log_json)
-    tiers = open_tiers(settings)
+    tiers = _open_tiers(settings)
     node = Node(settings, tiers)
     node.open()
     upkeep = Upkeep(node)
@@ -102,6 +103,7 @@ def serve(settings: Settings) -> int:
     fd_socket.start()
     server.start()
     upkeep.start()
+    node.scrubber.start()
     if settings.allow_group:
         shutil.chown(socket_path, group=settings.allow_group)
     socket_path.chmod(0o660)
@@ -142,7 +144,7 @@ def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grp
         server.add_insecure_port(f"unix:{socket_path}")
         if settings.listen:
             port = _listen(server, settings, settings.listen)
-            node.cluster.address = settings.peer_address.removesuffix(":0") + (
+            node.peering.cluster.address = settings.peer_address.removesuffix(":0") + (
                 f":{port}" if settings.peer_address.endswith(":0") else ""
             )
     except RuntimeError as error:
@@ -215,3 +217,16 @@ def _notify_ready() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.connect("\0" + target[1:] if target.startswith("@") else target)
         notify.send(b"READY=1")
+
+
+def _open_tiers(settings: Settings) -> list[Tier]:
+    """The tiers of the settings, opened; InvalidRequest or TierFailed with a hint."""
+    from ckptd.tiers.spec import TierSpec
+    from ckptd.tiers.zarr_tier import ZarrTier
+
+    tiers: list[Tier] = []
+    for text in settings.tiers:
+        tier = ZarrTier(TierSpec.parse(text))
+        tier.open()
+        tiers.append(tier)
+    return tiers

@@ -43,7 +43,7 @@ class Upkeep:
             coordinator.tick()
         for run in node.node_runs():
             try:
-                run.beat()
+                run.reporter.beat()
                 node.settle(run)
             except Exception:  # one run's trouble is not the others'
                 log.exception("upkeep of a run failed", run=run.run)

@@ -142,13 +142,16 @@ def test_show_of_a_step_without_a_copy_exits_5(daemon: FakeDaemon, ckptd: Ckptd)
 
 
 # --- verify -------------------------------------------------------------------------------------------------------
+WHERE = "in this node's memory, its parity and the tiers"
+
+
 def test_verify_without_findings_exits_0(daemon: FakeDaemon, ckptd: Ckptd) -> None:
     daemon.operator.answers["Verify"] = [
         pb.VerifyResponse(bytes_done=1 << 20, bytes_total=3 << 20),
         pb.VerifyResponse(bytes_done=3 << 20, bytes_total=3 << 20, copies_checked=2),
     ]
     result = ckptd("verify", "gpt", "--socket", daemon.socket)
-    assert (result.returncode, result.stdout) == (0, "checked 2 copies, 3MiB: no findings\n")
+    assert (result.returncode, result.stdout) == (0, f"checked 2 copies, 3MiB, {WHERE}: no findings\n")
     assert not daemon.operator.requests[0].HasField("step")
 
 
@@ -160,7 +163,7 @@ def test_verify_lists_every_finding_once_and_exits_4(daemon: FakeDaemon, ckptd: 
     ]
     result = ckptd("verify", "gpt", "100", "--socket", daemon.socket)
     assert result.returncode == 4
-    assert result.stdout.splitlines()[0] == "checked 1 copy, 2B: 1 finding"
+    assert result.stdout.splitlines()[0] == f"checked 1 copy, 2B, {WHERE}: 1 finding"
     assert result.stdout.count("block 17") == 1
     assert daemon.operator.requests[0].step == 100
     result = ckptd("verify", "gpt", "--json", "--socket", daemon.socket)

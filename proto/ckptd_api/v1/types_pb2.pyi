@@ -314,6 +314,7 @@ class Watermarks(_message.Message):
     LOSSES_TOLERATED_FIELD_NUMBER: _builtins.int
     SILENT_NODES_FIELD_NUMBER: _builtins.int
     ADOPTIONS_FIELD_NUMBER: _builtins.int
+    PROTECT_ATTEMPT_FIELD_NUMBER: _builtins.int
     staged: _builtins.int
     protected: _builtins.int
     durable: _builtins.int
@@ -324,6 +325,8 @@ class Watermarks(_message.Message):
     """How many more nodes may be lost, whichever they are, with the newest protected snapshot still whole; negative when
     it is not whole now. Absent while nothing is protected.
     """
+    protect_attempt: _builtins.int
+    """Tells attempts to protect apart: whoever failed in one tries again in the next, though the snapshot be the same."""
     @_builtins.property
     def dead(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepOutcome]: ...
     @_builtins.property
@@ -367,10 +370,11 @@ class Watermarks(_message.Message):
         losses_tolerated: _builtins.int | None = ...,
         silent_nodes: _abc.Iterable[_builtins.str] | None = ...,
         adoptions: _abc.Iterable[Global___Adoption] | None = ...,
+        protect_attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_losses_tolerated", b"_losses_tolerated", "_protected", b"_protected", "_staged", b"_staged", "draining", b"draining", "durable", b"durable", "losses_tolerated", b"losses_tolerated", "parity_of", b"parity_of", "protected", b"protected", "protecting", b"protecting", "staged", b"staged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_losses_tolerated", b"_losses_tolerated", "_protected", b"_protected", "_staged", b"_staged", "adoptions", b"adoptions", "dead", b"dead", "draining", b"draining", "durable", b"durable", "losses_tolerated", b"losses_tolerated", "not_durable", b"not_durable", "not_protected", b"not_protected", "parity_of", b"parity_of", "protected", b"protected", "protecting", b"protecting", "roster_version", b"roster_version", "schedule", b"schedule", "silent_nodes", b"silent_nodes", "staged", b"staged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draining", b"_draining", "_durable", b"_durable", "_losses_tolerated", b"_losses_tolerated", "_protected", b"_protected", "_staged", b"_staged", "adoptions", b"adoptions", "dead", b"dead", "draining", b"draining", "durable", b"durable", "losses_tolerated", b"losses_tolerated", "not_durable", b"not_durable", "not_protected", b"not_protected", "parity_of", b"parity_of", "protect_attempt", b"protect_attempt", "protected", b"protected", "protecting", b"protecting", "roster_version", b"roster_version", "schedule", b"schedule", "silent_nodes", b"silent_nodes", "staged", b"staged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__draining: _TypeAlias = _typing.Literal["draining"]  # noqa: Y015
     _WhichOneofArgType__draining: _TypeAlias = _typing.Literal["_draining", b"_draining"]  # noqa: Y015
