@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
 import time
 
-import torch
 import torch.distributed.checkpoint as dcp
 
-from bench.rig import MIB, Memcpy, daemon, report, state_bytes, timed, trained, warm_up
-from ckptd_client import Checkpointer
+from bench.rig import Memcpy, OneRank, daemon, report, timed, warm_up
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size-mib", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    model, optimizer = trained(arguments.size_mib * MIB)
-    size = state_bytes(model, optimizer)
-    memcpy = Memcpy(size)
+    rank = OneRank.from_arguments(__doc__)
+    memcpy = Memcpy(rank.size_bytes)
     restored, copies = [], []
     with daemon("6GiB") as (address, _, _):
-        with Checkpointer({"m": model, "o": optimizer}, "restore", address, every=10**9) as c:
+        with rank.checkpointer("restore", address) as c:
             warm_up(c)
             last = c.save(5000)
             last.wait("staged", 60)
-        for _ in range(arguments.rounds):
-            with Checkpointer({"m": model, "o": optimizer}, "restore", address, every=10**9) as c:
+        for _ in range(rank.rounds):
+            with rank.checkpointer("restore", address) as c:
                 copies.append(memcpy.seconds())
                 started = time.perf_counter()
                 result = c.restore(step=5000)  # by number: resuming from it again and again would be distrusted
@@ -39,7 +30,7 @@ def main() -> None:
                 assert result is not None
                 assert result.step == 5000
     folder = tempfile.mkdtemp(prefix="dcp-bench-")
-    state = {"m": model.state_dict(), "o": optimizer.state_dict()}
+    state = rank.state_dict()
     dcp.save(state, checkpoint_id=folder)
     loaded = timed(lambda: dcp.load(state, checkpoint_id=folder), 3)
     shutil.rmtree(folder)
@@ -47,7 +38,7 @@ def main() -> None:
     report(
         "restore",
         {
-            "bytes": size,
+            "bytes": rank.size_bytes,
             "memcpy_s": copy,
             "restore_s": ours,
             "ratio_to_memcpy": copy / ours,

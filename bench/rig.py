@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,35 @@ def trained(size_bytes: int, layers: int = 48) -> tuple[Model, torch.optim.AdamW
 def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     tensors = [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """What a script that measures one rank against ``dcp`` works with."""
+
+    model: Model
+    optimizer: torch.optim.AdamW
+    size_bytes: int
+    rounds: int
+
+    @classmethod
+    def from_arguments(cls, doc: str | None) -> OneRank:
+        """A state of ``--size-mib``, in a process group of its own, which ``dcp`` asks for."""
+        parser = argparse.ArgumentParser(description=doc)
+        parser.add_argument("--size-mib", type=int, default=1024)
+        parser.add_argument("--rounds", type=int, default=7)
+        arguments = parser.parse_args()
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        model, optimizer = trained(arguments.size_mib * MIB)
+        return cls(model, optimizer, state_bytes(model, optimizer), arguments.rounds)
+
+    def checkpointer(self, run: str, address: str) -> Checkpointer:
+        """One that saves only when it is told to."""
+        return Checkpointer({"m": self.model, "o": self.optimizer}, run, address, every=10**9)
+
+    def state_dict(self) -> dict[str, object]:
+        """The state as ``dcp`` takes it."""
+        return {"m": self.model.state_dict(), "o": self.optimizer.state_dict()}
 
 
 class Memcpy:

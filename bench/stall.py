@@ -6,16 +6,14 @@ step longer than the copy, once with a step of 10 ms, where the limit is max(0, 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
 import time
 
-import torch
 import torch.distributed.checkpoint as dcp
 
-from bench.rig import MIB, Memcpy, daemon, report, state_bytes, trained, warm_up
+from bench.rig import Memcpy, OneRank, daemon, report, warm_up
 from ckptd_client import Checkpointer
 
 
@@ -46,30 +44,21 @@ def dcp_async_s(state: dict[str, object], rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size-mib", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    model, optimizer = trained(arguments.size_mib * MIB)
-    size = state_bytes(model, optimizer)
-    memcpy = Memcpy(size)
-    with (
-        daemon("6GiB") as (address, _, _),
-        Checkpointer({"m": model, "o": optimizer}, "stall", address, every=10**9) as c,
-    ):
+    rank = OneRank.from_arguments(__doc__)
+    memcpy = Memcpy(rank.size_bytes)
+    with daemon("6GiB") as (address, _, _), rank.checkpointer("stall", address) as c:
         warm_up(c)
-        long = [lost_s(c, 1000 + n, 0.5) for n in range(arguments.rounds)]
+        long = [lost_s(c, 1000 + n, 0.5) for n in range(rank.rounds)]
         copies, short = [], []
-        for n in range(arguments.rounds):
+        for n in range(rank.rounds):
             copies.append(memcpy.seconds())
             short.append(lost_s(c, 2000 + n, 0.010))
-    blocked = dcp_async_s({"m": model.state_dict(), "o": optimizer.state_dict()}, 3)
+    blocked = dcp_async_s(rank.state_dict(), 3)
     copy = statistics.median(copies)
     report(
         "stall",
         {
-            "bytes": size,
+            "bytes": rank.size_bytes,
             "lost_ms": statistics.median(long) * 1e3,
             "dcp_async_save_blocked_ms": blocked * 1e3,
             "times_shorter": blocked / statistics.median(long),

@@ -36,10 +36,19 @@ HERE = Path(__file__).parent
 TINY_TRAINER = HERE / "tiny_trainer.py"
 
 
+Spawn = Callable[[Sequence[str], Mapping[str, str], Path], Any]  # to a Popen, or what does for one
+
+
+def _spawn(command: Sequence[str], env: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+    with log_path.open("ab") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
 class DaemonProcess(Signalled):
     """One `ckptd serve` in a folder of its own. It is ready when the constructor returns, unless ``wait`` is False.
 
-    ``failpoints`` is CKPTD_FAILPOINTS of the daemon alone. ``flags`` are added to the command line.
+    ``failpoints`` is CKPTD_FAILPOINTS of the daemon alone. ``flags`` are added to the command line. ``spawn`` starts
+    the process: by default a new one of the installed command.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class DaemonProcess(Signalled):
         listen: bool = False,
         wait: bool = True,
         prefix: Sequence[str] = (),
+        spawn: Spawn | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ckptd-"))
         self.folder.chmod(0o755)
@@ -72,7 +82,8 @@ class DaemonProcess(Signalled):
         self._command += ["--listen", self.listen, "--insecure"] if self.listen else []
         for tier in self.tiers:
             self._command += ["--tier", tier]
-        self.process: subprocess.Popen[bytes] | None = None
+        self._spawn = spawn or _spawn
+        self.process: Any = None
         self.start(wait=wait)
 
     # --- life ----------------------------------------------------------------------------------------------------
@@ -80,9 +91,7 @@ class DaemonProcess(Signalled):
         env = clean_environment(**self.env)
         if self.failpoints:
             env["CKPTD_FAILPOINTS"] = self.failpoints
-        with self.log_path.open("ab") as log:
-            command = [*self._prefix, str(CKPTD), *self._command]
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        self.process = self._spawn([*self._prefix, str(CKPTD), *self._command], env, self.log_path)
         self.pid = self.process.pid
         if wait:
             self.wait_ready()

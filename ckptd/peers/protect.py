@@ -161,6 +161,7 @@ class Protector:
         sources = [self._source(task, record, stripes, position, piece) for position, piece in stripes.data_of(stripe)]
         fragment = file.fragment
         attempt, done = self._attempt(task, f"stripe {stripe}"), 0
+        pulled = self._metrics.bytes_total.labels(task.run, "protected")
         while done < stripes.piece_blocks:
             try:
                 for at, count, columns in gather(sources, done, stripes.piece_blocks - done, batch, size, self._bucket):
@@ -168,8 +169,7 @@ class Protector:
                     target = fragment[at * size : (at + count) * size]
                     code.encode_row(row, columns, target)
                     checksum_blocks(fragment.data, size, at, at + count, file.table)
-                    moved = sum(len(column) for column in columns if column is not None)
-                    self._metrics.bytes_total.labels(task.run, "protected").inc(moved)
+                    pulled.inc(size * sum(max(0, min(count, source.blocks - at)) for source in sources))
                     done = at + count
                     attempt.progressed()
                     failpoint("protect.batch")

@@ -357,7 +357,9 @@ class Node:
             )
             decided = replace(known, is_decided=True, parent=parent)
             self._remember(record, decided)
-            return decided
+        if node_run := self._runs.get((run, incarnation)):
+            node_run.prepare_slots(self.settings.slots)
+        return decided
 
     def parent_of(self, run: str, incarnation: Incarnation) -> SnapshotId | None:
         return self.records[run].incarnations[incarnation].parent

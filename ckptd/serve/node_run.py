@@ -66,7 +66,9 @@ class NodeRun:
         self.run = run
         self.incarnation = incarnation
         self.roster = roster
+        self.slot_bytes: dict[int, int] = {}
         self.confirmed: SnapshotId | None = None
+        self.is_making_parity = False
         self.groups = plan_groups(roster)
         self.protecting: tuple[SnapshotId, int, int] | None = None  # with the roster's version and the attempt
         self.ranks: dict[int, RankState] = {}
@@ -95,6 +97,15 @@ class NodeRun:
             if known is None or known.pid != pid or known.state != "joined":  # else: it brings a later roster
                 self.ranks[rank] = RankState(pid, "joined")
         self._metrics.ranks.labels(self.run).set(self._alive())
+
+    def prepare_slots(self, count: int) -> None:
+        """Start to make ``count`` slots for each rank here, of the size that it expects to need."""
+        for rank, slot_bytes in list(self.slot_bytes.items()):
+            try:
+                self._arena.prepare(self.run, rank, slot_bytes, count)
+            except CkptdError as error:
+                # Not fatal: begin() will say the same of a real size.
+                log.warning("slots not prepared", run=self.run, rank=rank, reason=error.message)
 
     def leave(self, rank: int, state: Literal["left", "dead"]) -> None:
         """The rank is gone: by close(), or by death, and then what it was writing is dead."""
@@ -220,7 +231,7 @@ class NodeRun:
         mine = [s.header.snapshot for s in self._arena.sealed(self.run) if s.header]
         newest = max((s for s in mine if s.incarnation == self.incarnation), default=None)
         is_staging = newest is not None and newest not in self.dead_ids() and (staged is None or newest > staged)
-        return is_staging or self.watermarks.HasField("protecting")
+        return is_staging or (self.watermarks.HasField("protecting") and not self.is_making_parity)
 
     @property
     def node_count(self) -> int:

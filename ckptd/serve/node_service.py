@@ -105,13 +105,12 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         return pb.JoinResponse(instance=self._node.instance, watermarks=run.watermarks)
 
     def _prepare(self, run: NodeRun, rank: int, estimated_bytes: int) -> None:
-        block_bytes = run.roster.block_bytes
-        needed = HEADER_BYTES + estimated_bytes + 8 * block_bytes
-        try:
-            self._node.arena.prepare(run.run, rank, needed, self._node.settings.slots)
-        except CkptdError as error:
-            # Not fatal: begin() will say the same of a real size.
-            log.warning("slots not prepared", run=run.run, rank=rank, reason=error.message)
+        run.slot_bytes[rank] = HEADER_BYTES + estimated_bytes + 8 * run.roster.block_bytes
+        # After a restart one is enough for the restore, which must not wait for the others to be made.
+        is_restart = (
+            run.incarnation.ordinal > 1 and not self._node.records[run.run].incarnations[run.incarnation].is_decided
+        )
+        run.prepare_slots(1 if is_restart else self._node.settings.slots)
         self._warn_of_parity(run)
 
     def _warn_of_parity(self, run: NodeRun) -> None:

@@ -44,9 +44,11 @@ class Protecting:
         def report(problem: str | None) -> None:
             if run.protecting != wanted:
                 return
+            run.is_making_parity = False
             level = pb.LEVEL_PROTECTED if problem is None else pb.LEVEL_PROTECT_FAILED
             run.report(run.protection(level, snapshot, problem or ""))
 
+        run.is_making_parity = True
         self._protector.submit(
             Task(
                 run=run.run,
