@@ -1,4 +1,4 @@
-"""``ckptd demo``: the whole play, what it refuses, and that it leaves nothing behind."""
+"""``ckptd demo`` with one node: the whole play, what it refuses, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -67,14 +67,6 @@ def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, numbe
     assert not [pid for pid in started if is_running(pid)]
 
 
-@pytest.mark.parametrize("flags", [["--nodes", "2"], ["--kill", "2"], ["--nodes", "4", "--kill", "2"]])
-def test_more_than_one_node_is_refused_in_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["demo", *flags]) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("ckptd: error: the demo plays with one node")
-
-
 def test_without_torch_the_demo_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,7 +79,7 @@ def test_without_torch_the_demo_says_what_to_install(
 
 
 def test_the_demo_itself_never_imports_torch() -> None:
-    code = "import sys, ckptd.cli.demo.acts, ckptd.cli.demo.verb; sys.exit('torch' in sys.modules)"
+    code = "import sys, ckptd.cli.demo.cluster_acts, ckptd.cli.demo.verb; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -100,11 +92,12 @@ def test_kills_come_in_every_third_of_the_run_and_differ_by_seed() -> None:
 
 
 def test_a_recovery_from_the_wrong_place_or_none_is_no_recovery() -> None:
-    events = [{"event": "restored", "step": 4, "source": "file:///t", "seconds": 0.1}, {"event": "step", "step": 5}]
+    restored = {"event": "restored", "rank": 0, "step": 4, "source": "file:///t", "seconds": 0.1}
+    events = [{**restored, "rank": 1, "source": "memory"}, restored, {"event": "step", "step": 5}]
     assert not acts._recovery(ACTS[0], 5, events, 1.0).is_recovered
     assert acts._recovery(ACTS[2], 5, events, 1.0).is_recovered
     assert acts._recovery(ACTS[2], 5, events, 1.0).steps_lost == 1
-    assert not acts._recovery(ACTS[0], 5, events[1:], 1.0).is_recovered
+    assert not acts._recovery(ACTS[0], 5, events[2:], 1.0).is_recovered
 
 
 def test_the_example_is_short_and_uses_only_the_public_interface() -> None:

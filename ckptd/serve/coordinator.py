@@ -68,6 +68,7 @@ class Coordinator:
         self._written: dict[str, dict[int, RankRecord]] = {}
         self._drained: set[int] = set()
         self._adoptions: dict[int, str] = {}
+        self._seen_silent: set[str] = set()
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
     def set_pace(self, pace: Pace) -> None:
@@ -80,6 +81,11 @@ class Coordinator:
     def is_idle(self) -> bool:
         with self._lock:
             return self._ledger.is_idle
+
+    @property
+    def is_draining(self) -> bool:
+        with self._lock:
+            return self._ledger.draining is not None
 
     def report(self, request: pb.ReportRequest) -> types_pb2.Watermarks:
         """Take one node's progress in order; the watermarks after it. InvalidRequest on what no daemon of this roster
@@ -112,6 +118,9 @@ class Coordinator:
             now = time.monotonic()
             self._ledger.tick(now)
             silent = self._silent(now)
+            for node in set(silent) - self._seen_silent:
+                log.warning("node not heard of", run=self.run, node=node, seconds=SILENT_S)
+            self._seen_silent = set(silent)
             self._protection.tick(now, silent)
             self._adopt_drains_of(silent)
 

@@ -294,9 +294,9 @@ class Node:
             if record is None or known is None:
                 return
             is_overtaken = known is not record.newest and not node_run.has_members
-            # The coordinator stays while any node has something to report to it.
-            is_idle = coordinator.is_idle if coordinator else True
-            if node_run.is_draining or not ((node_run.has_ended or is_overtaken) and is_idle):
+            # The coordinator stays while any node has something to drain, ranks of the present start while they do.
+            is_over = is_overtaken or (node_run.has_ended and (coordinator is None or coordinator.is_idle))
+            if node_run.is_draining or (coordinator and coordinator.is_draining) or not is_over:
                 return
             if not known.is_ended:
                 self._remember(record, replace(known, is_ended=True))
@@ -352,10 +352,8 @@ class Node:
             record = self.records.get(run)
             if record is None:
                 raise InstanceChanged(f"run {run} was not joined with this instance of the daemon")
-            known = record.incarnations.get(incarnation) or IncarnationRecord(
-                incarnation, roster.world_size, roster=roster
-            )
-            decided = replace(known, is_decided=True, parent=parent)
+            new = IncarnationRecord(incarnation, roster.world_size, roster=roster)
+            decided = replace(record.incarnations.get(incarnation, new), is_decided=True, parent=parent)
             self._remember(record, decided)
         if node_run := self._runs.get((run, incarnation)):
             node_run.prepare_slots(self.settings.slots)

@@ -107,10 +107,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
     def _prepare(self, run: NodeRun, rank: int, estimated_bytes: int) -> None:
         run.slot_bytes[rank] = HEADER_BYTES + estimated_bytes + 8 * run.roster.block_bytes
         # After a restart one is enough for the restore, which must not wait for the others to be made.
-        is_restart = (
-            run.incarnation.ordinal > 1 and not self._node.records[run.run].incarnations[run.incarnation].is_decided
-        )
-        run.prepare_slots(1 if is_restart else self._node.settings.slots)
+        is_decided = self._node.records[run.run].incarnations[run.incarnation].is_decided
+        run.prepare_slots(self._node.settings.slots if is_decided or run.incarnation.ordinal == 1 else 1)
         self._warn_of_parity(run)
 
     def _warn_of_parity(self, run: NodeRun) -> None:
@@ -290,6 +288,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             run.holder(request.rank),
             lambda: self._node.peering.cluster.locate(run.run, run.incarnation, run.roster, snapshot),
         )
+        log.info("shard in memory", run=run.run, rank=request.rank, snapshot=str(snapshot), source=source)
         header = lease.slot.sealed_header
         place = "tier" if "://" in source else source
         metrics = self._node.metrics

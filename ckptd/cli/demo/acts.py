@@ -1,4 +1,4 @@
-"""The plot of the demo: an undisturbed run, then the same run killed three ways, and whether anyone can tell.
+"""The plot with one node: an undisturbed run, then the same run killed three ways, and whether anyone can tell.
 
 Layer: ``cli``. Invariants: kills come at random steps of a seeded generator, in the order of ``ACTS``; nothing is said
 to have recovered that did not restore from where it should.
@@ -10,13 +10,15 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from ckptd.cli.demo.processes import Job, Stage
+from ckptd.cli.demo.journal import Comparison, Events, compare, last_step, restored
+from ckptd.cli.demo.processes import Job
+from ckptd.cli.demo.stage import NodeDaemon, Stage
 
 Say = Callable[[str], None]
-_REFERENCE: Final = "demo-reference"
-_RUN: Final = "demo"
+REFERENCE: Final = "demo-reference"
+RUN: Final = "demo"
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,11 @@ class Outcome:
     """The recoveries, and how the killed run compares with the undisturbed one."""
 
     recoveries: tuple[Recovery, ...]
-    final_loss: float
-    is_every_loss_equal: bool
-    are_weights_equal: bool
+    comparison: Comparison
 
     @property
     def is_good(self) -> bool:
-        return self.is_every_loss_equal and self.are_weights_equal and all(r.is_recovered for r in self.recoveries)
+        return self.comparison.is_good and all(r.is_recovered for r in self.recoveries)
 
 
 def kill_steps(steps: int, seed: int) -> list[int]:
@@ -75,80 +75,57 @@ def kill_steps(steps: int, seed: int) -> list[int]:
 def play(stage: Stage, steps: int, seed: int, say: Say) -> Outcome:
     """Both runs; CkptdError when the demo itself cannot go on."""
     say("starting the daemon")
-    stage.start_daemon()
+    (daemon,) = stage.start_daemons("d", flags=["--tier", f"{stage.tier},every=1"])
     say(f"training {steps} steps undisturbed, for reference")
-    reference = stage.start_job(_REFERENCE, steps, seed)
-    expected = _finish(reference)
+    expected = stage.start_torchrun(daemon, REFERENCE, steps, seed).finish()
     say("training the same again, to be killed")
-    job = stage.start_job(_RUN, steps, seed)
+
+    def start() -> Job:
+        return stage.start_torchrun(daemon, RUN, steps, seed)
+
+    job = start()
     recoveries = []
     for act, step in zip(ACTS, kill_steps(steps, seed), strict=True):
-        job, recovery = _kill_and_recover(stage, job, act, step, (steps, seed), say)
+        job, recovery = _kill_and_recover(daemon, job, start, act, step, say)
         recoveries.append(recovery)
-    found = _finish(job)
-    losses = _losses(expected)
-    return Outcome(
-        tuple(recoveries),
-        final_loss=float.fromhex(losses[steps][0]),
-        is_every_loss_equal=losses == _losses(found),
-        are_weights_equal=expected[-1]["weights"] == found[-1]["weights"],
-    )
+    return Outcome(tuple(recoveries), compare(expected, job.finish()))
 
 
 def _kill_and_recover(
-    stage: Stage, job: Job, act: Act, step: int, training: tuple[int, int], say: Say
+    daemon: NodeDaemon, job: Job, start: Callable[[], Job], act: Act, step: int, say: Say
 ) -> tuple[Job, Recovery]:
-    job.wait_for(lambda events: _last_step(events) >= step, f"step {step}")
+    job.wait_for(lambda events: last_step(events) >= step, f"step {step}")
     killed_at = time.monotonic()
     if act.takes_daemon:
-        stage.kill_daemon()
+        daemon.kill()
     job.kill()
     before = job.events()
-    say(f"killed {act.killed} at step {_last_step(before)}")
+    say(f"killed {act.killed} at step {last_step(before)}")
     if act.wipes_memory:
-        stage.wipe_memory()
+        daemon.wipe()
     if act.takes_daemon:
-        stage.start_daemon()
-    job = stage.start_job(_RUN, *training)
-    events = job.wait_for(lambda events: any(e["event"] == "step" for e in events[len(before) :]), "it went on")
+        daemon.start()
+        daemon.wait_ready()
+    job = start()
+    events = job.wait_for(lambda events: last_step(events[len(before) :]) > 0, "it went on")
     downtime_s = time.monotonic() - killed_at
-    recovery = _recovery(act, _last_step(before), events[len(before) :], downtime_s)
+    recovery = _recovery(act, last_step(before), events[len(before) :], downtime_s)
     say(f"step {recovery.restored_step} restored from {recovery.restored_from or 'nowhere: it began again'}")
     return job, recovery
 
 
-def _recovery(act: Act, killed_at_step: int, events: list[dict[str, Any]], downtime_s: float) -> Recovery:
-    restored = next((e for e in events if e["event"] == "restored"), None)
-    if restored is None:
+def _recovery(act: Act, killed_at_step: int, events: Events, downtime_s: float) -> Recovery:
+    found = restored(events, rank=0)
+    if found is None:
         return Recovery(act.killed, killed_at_step, None, None, None, downtime_s, None, is_recovered=False)
-    came_from = "memory" if restored["source"] == "memory" else "tier"
+    came_from = "memory" if found["source"] == "memory" else "tier"
     return Recovery(
         act.killed,
         killed_at_step,
-        restored["step"],
+        found["step"],
         came_from,
-        restored["seconds"],
+        found["seconds"],
         downtime_s,
-        steps_lost=max(0, killed_at_step - restored["step"]),
+        steps_lost=max(0, killed_at_step - found["step"]),
         is_recovered=came_from == act.comes_from,
     )
-
-
-def _finish(job: Job) -> list[dict[str, Any]]:
-    """The whole journal of a run that ended well."""
-    events = job.wait_for(lambda events: bool(events) and events[-1]["event"] == "end", "its end")
-    job.process.wait()
-    return events
-
-
-def _last_step(events: list[dict[str, Any]]) -> int:
-    return max((e["step"] for e in events if e["event"] == "step"), default=0)
-
-
-def _losses(events: list[dict[str, Any]]) -> dict[int, list[str]]:
-    """Every loss seen at each step, exact: one each, unless a step that was done again came out otherwise."""
-    seen: dict[int, list[str]] = {}
-    for event in events:
-        if event["event"] == "step" and event["loss"] not in seen.setdefault(event["step"], []):
-            seen[event["step"]].append(event["loss"])
-    return seen

@@ -1,7 +1,7 @@
-"""The processes of the demo: a daemon and a training job on a stage of their own, killed without mercy, and cleaned up.
+"""Processes of the demo: started in sessions of their own, killed without mercy; a training job and its journal.
 
-Layer: ``cli``. Invariants: everything started is gone, and every file removed, when ``Stage.close`` returns; only
-processes that were started here, and their children, are ever signalled, each by its id.
+Layer: ``cli``. Invariants: only processes that were started here, and their children, are ever signalled, each by its
+id; what was killed is gone when the call returns.
 """
 
 from __future__ import annotations
@@ -10,24 +10,17 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ckptd.config import default_arena
-from ckptd.errors import CkptdError, DaemonUnreachable
+from ckptd.errors import CkptdError
 
-TRAINING: Final = "ckptd_client.examples.train_gpt"
-RANKS: Final = 2
-_MEMORY: Final = "256MiB"
-_READY_S: Final = 30.0
+PATIENCE_S: Final = 30.0
 _QUIET_S: Final = 90.0
 _POLL_S: Final = 0.01
 
@@ -38,11 +31,17 @@ class TrainingFailed(CkptdError):
 
 @dataclass
 class Job:
-    """A training job: torchrun and its ranks, and the journal that rank 0 writes."""
+    """A training job: its first process (torchrun, or rank 0), the other ranks where no torchrun starts them, and the
+    journal that they write."""
 
     process: subprocess.Popen[bytes]
     journal: Path
     output: Path
+    others: Sequence[subprocess.Popen[bytes]] = ()
+
+    @property
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        return [self.process, *self.others]
 
     def events(self) -> list[dict[str, Any]]:
         """Every line of the journal, those of earlier starts of the run first."""
@@ -50,25 +49,29 @@ class Job:
         return [json.loads(line) for line in whole.splitlines()]
 
     def kill(self) -> None:
-        """SIGKILL torchrun and every rank, at once; they are gone when this returns."""
-        killed = [self.process.pid, *descendants(self.process.pid)]
-        for pid in killed:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        _wait(lambda: not any(map(is_running, killed)), _READY_S, "the ranks to be gone")
+        """SIGKILL every process of the job, at once."""
+        kill_at_once(self.processes)
 
     def wait_for(self, is_there: Callable[[list[dict[str, Any]]], bool], what: str) -> list[dict[str, Any]]:
         """The journal once ``is_there``; TrainingFailed, with what the job said last, when it ends or stands still."""
         before, since = -1, time.monotonic()
         while not is_there(events := self.events()):
-            if self.process.poll() is not None and not is_there(self.events()):
-                raise TrainingFailed(f"training ended ({self.process.returncode}) before {what}", self._last_words())
+            codes = [process.poll() for process in self.processes]
+            if (any(codes) or None not in codes) and not is_there(self.events()):
+                code = next(filter(None, codes), 0)
+                raise TrainingFailed(f"training ended ({code}) before {what}", self._last_words())
             if len(events) != before:
                 before, since = len(events), time.monotonic()
             if time.monotonic() - since > _QUIET_S:
                 raise TrainingFailed(f"training stood still for {_QUIET_S:g} s before {what}", self._last_words())
             time.sleep(_POLL_S)
+        return events
+
+    def finish(self) -> list[dict[str, Any]]:
+        """The whole journal, once the run has come to its end and every process too; else TrainingFailed."""
+        events = self.wait_for(lambda events: bool(events) and events[-1]["event"] == "end", "its end")
+        for process in self.processes:
+            process.wait()
         return events
 
     def _last_words(self) -> str:
@@ -78,83 +81,30 @@ class Job:
         return "its last words: " + " | ".join(raised[-2:] or lines[-4:]) if lines else "it said nothing"
 
 
-class Stage:
-    """A temporary folder with a socket, a tier and journals, and an arena in shared memory."""
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="ckptd-demo-"))
-        self.socket = self.folder / "d.sock"
-        self.tier = f"file://{self.folder}/tier"
-        self._arena = default_arena(self.socket)
-        self._daemon: subprocess.Popen[bytes] | None = None
-        self._jobs: list[Job] = []
-
-    # --- the daemon ------------------------------------------------------------------------------------------------
-    def start_daemon(self) -> None:
-        """Returns when it answers."""
-        command = [sys.executable, "-m", "ckptd.cli.main", "serve", "--socket", str(self.socket)]
-        command += ["--arena", str(self._arena), "--memory", _MEMORY, "--tier", f"{self.tier},every=1"]
-        with self._log.open("ab") as log:
-            self._daemon = self._start(command, log, {})
-        _wait(self._is_answering, _READY_S, "the daemon to answer")
-
-    def kill_daemon(self) -> None:
-        """SIGKILL."""
-        if self._daemon is not None:
-            self._daemon.kill()
-            self._daemon.wait()
-            self._daemon = None
-
-    def wipe_memory(self) -> None:
-        """Remove the arena, as the loss of the node would."""
-        shutil.rmtree(self._arena)
-
-    def _is_answering(self) -> bool:
-        from ckptd.cli import channel
-        from ckptd_api.v1 import operator_pb2
-
-        if self._daemon is not None and self._daemon.poll() is not None:
-            lines = self._log.read_text(errors="replace").splitlines()
-            raise DaemonUnreachable("the demo's daemon did not start", " | ".join(lines[-3:]))
-        try:
-            with channel.connect(str(self.socket)) as daemon:
-                daemon.unary(daemon.stub.GetStatus, operator_pb2.GetStatusRequest(), 2.0)
-        except CkptdError:
-            return False
-        return True
-
-    @property
-    def _log(self) -> Path:
-        return self.folder / "daemon.log"
-
-    # --- training --------------------------------------------------------------------------------------------------
-    def start_job(self, run: str, steps: int, seed: int) -> Job:
-        """Start (or start again) training of ``run`` to ``steps``."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m", TRAINING]
-        journal, output = self.folder / f"{run}.journal", self.folder / f"{run}.output"
-        arguments = [run, "--steps", str(steps), "--seed", str(seed), "--journal", str(journal)]
-        with output.open("ab") as log:
-            # One thread per rank: two ranks on two cores, and sums that do not depend on how they are split.
-            environment = {"CKPTD_DAEMON": f"unix://{self.socket}", "OMP_NUM_THREADS": "1"}
-            process = self._start([sys.executable, *torchrun, *arguments], log, environment)
-        self._jobs.append(Job(process, journal, output))
-        return self._jobs[-1]
-
-    def close(self) -> None:
-        """End everything that runs and remove every file."""
-        for job in self._jobs:
-            if job.process.poll() is None:
-                job.kill()
-        self.kill_daemon()
-        shutil.rmtree(self._arena, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _start(self, command: list[str], log: Any, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """In a session of its own, so that Ctrl-C is ours to handle, and without settings meant for other runs."""
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("CKPTD_", "TORCHELASTIC_"))}
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that Ctrl-C is ours to handle, and without settings meant for other runs."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("CKPTD_", "TORCHELASTIC_"))}
+    with log.open("ab") as lines:
         return subprocess.Popen(  # noqa: S603  our own interpreter and modules
-            command, env=clean | environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env={**clean, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=lines,
+            stderr=lines,
+            start_new_session=True,
         )
+
+
+def kill_at_once(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL those that still run, with their descendants; they are gone when this returns."""
+    running = [process for process in processes if process.poll() is None]
+    killed = [pid for process in running for pid in (process.pid, *descendants(process.pid))]
+    for pid in killed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for process in running:
+        process.wait()
+    wait_until(lambda: not any(map(is_running, killed)), "what was killed to be gone")
 
 
 def descendants(pid: int) -> list[int]:
@@ -175,7 +125,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def _wait(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
+    """CkptdError when it is not so in time."""
     until = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > until:

@@ -118,11 +118,11 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed * 1000 + rank)  # dropout differs between ranks; it is restored as well
 
     state = {"model": model, "optim": optimizer, "rate": rate, "batches": batches}
-    with Checkpointer(state, run=args.run, every=args.every) as ckpt:  # (2) say what the state is
+    with Checkpointer(state, run=args.run, every=args.every, protect=args.protect) as ckpt:  # (2) what the state is
         restored = ckpt.restore()  # (3) go on where the last start ended, if there was one
         if restored:
             log.info("step %d restored from %s in %.2f s", restored.step, restored.source, restored.seconds)
-            note(args, "restored", step=restored.step, source=restored.source, seconds=restored.seconds)
+            note(args, "restored", rank=rank, step=restored.step, source=restored.source, seconds=restored.seconds)
         for step in range(restored.step + 1 if restored else 1, args.steps + 1):
             text, following = batches.next()
             loss = cross_entropy(model(text).flatten(0, 1), following.flatten())
@@ -135,15 +135,18 @@ def train(args: argparse.Namespace) -> None:
 
             mean = loss.detach() / dist.get_world_size()
             dist.all_reduce(mean)
-            note(args, "step", step=step, loss=float(mean).hex())
+            if is_first:
+                note(args, "step", step=step, loss=float(mean).hex())
             if is_first and (step % args.show_every == 0 or step == args.steps):
                 log.info("step %d loss %.4f (%.2f bits a byte)", step, mean.item(), mean.item() / math.log(2))
-    note(args, "end", weights=hash_weights(model))
+    weights = hash_weights(model)
+    if is_first:
+        note(args, "end", weights=weights)
 
 
 def note(args: argparse.Namespace, event: str, **fields: Any) -> None:
     """Append one line of JSON to ``--journal``; numbers exact, so that two runs can be compared bit for bit."""
-    if args.journal and dist.get_rank() == 0:
+    if args.journal:
         with args.journal.open("a") as lines:
             lines.write(json.dumps({"event": event, **fields}) + "\n")
 
@@ -153,6 +156,7 @@ def main() -> None:
     parser.add_argument("run", help="name of the run: the same at every start")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=1, help="steps between snapshots")
+    parser.add_argument("--protect", default="auto", help="parity on other nodes: k+m (any m may be lost), auto, off")
     parser.add_argument("--batch", type=int, default=4, help="windows of text per rank and step")
     parser.add_argument("--length", type=int, default=96, help="bytes in a window")
     parser.add_argument("--seed", type=int, default=0)
