@@ -47,8 +47,8 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], log_path: Path) -> su
 class DaemonProcess(Signalled):
     """One `ckptd serve` in a folder of its own. It is ready when the constructor returns, unless ``wait`` is False.
 
-    ``failpoints`` is CKPTD_FAILPOINTS of the daemon alone. ``flags`` are added to the command line. ``spawn`` starts
-    the process: by default a new one of the installed command.
+    ``failpoints`` is CKPTD_FAILPOINTS of the daemon alone. ``flags`` are added to the command line. ``listen``:
+    at any free port, or at this one. ``spawn`` starts the process: by default a new one of the installed command.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DaemonProcess(Signalled):
         failpoints: str = "",
         env: Mapping[str, str] | None = None,
         http: bool = False,
-        listen: bool = False,
+        listen: bool | int = False,
         wait: bool = True,
         prefix: Sequence[str] = (),
         spawn: Spawn | None = None,
@@ -78,7 +78,7 @@ class DaemonProcess(Signalled):
         self._command: list[str] = ["serve", "--socket", str(self.socket), "--arena", str(self.arena)]
         self._command += ["--memory", memory, "--slots", str(slots), *map(str, flags)]
         self._command += ["--http", self.http] if self.http else []
-        self.listen = f"127.0.0.1:{free_port()}" if listen else ""
+        self.listen = f"127.0.0.1:{free_port() if listen is True else listen}" if listen else ""
         self._command += ["--listen", self.listen, "--insecure"] if self.listen else []
         for tier in self.tiers:
             self._command += ["--tier", tier]

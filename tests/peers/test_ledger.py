@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from ckptd.peers.ledger import Ledger, Outcome
 
 DEADLINE_S = 10.0
+versions = st.sampled_from([1, 1, 1, 1, 2])  # of the roster: seldom another
 
 
 def ledger(world_size: int = 2, *, has_tier: bool = False) -> Ledger:
@@ -131,6 +132,50 @@ def test_a_run_is_not_idle_while_a_drain_is_under_way_or_waits() -> None:
     assert book.is_idle
 
 
+# --- versions of the roster ---------------------------------------------------------------------------------------
+def test_a_step_begun_with_two_versions_of_the_roster_is_dead_and_says_so() -> None:
+    book = ledger()
+    book.begun(0, 3, 0.0, roster_version=1)
+    book.begun(1, 3, 0.0, roster_version=2)
+    assert book.dead[3] == Outcome("StepDead", "rank 1 began it with version 2 of the roster, another rank with 1")
+    seal_all(book, 3)
+    assert book.staged is None
+
+
+def test_a_shard_sealed_with_another_version_of_the_roster_is_never_part_of_a_snapshot() -> None:
+    book = ledger()
+    book.sealed(0, 3, False, 0.0, roster_version=2)
+    book.sealed(1, 3, False, 0.0, roster_version=1)
+    assert book.staged is None
+    assert 3 in book.dead
+    book.check()
+
+
+def test_each_step_may_have_a_version_of_its_own() -> None:
+    book = ledger()
+    for step, version in ((1, 1), (2, 2), (3, 2)):
+        for rank in range(2):
+            book.begun(rank, step, 0.0, version)
+            book.sealed(rank, step, False, 0.0, version)
+        assert book.staged == step
+    assert not book.dead
+
+
+@given(versions=st.lists(st.integers(1, 3), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_a_step_is_staged_exactly_when_all_ranks_had_one_version(versions: list[int], seed: int) -> None:
+    book = ledger(len(versions))
+    events = [(rank, is_seal) for rank in range(len(versions)) for is_seal in (False, True)]
+    random.Random(seed).shuffle(events)
+    for rank, is_seal in events:
+        if is_seal:
+            book.sealed(rank, 1, False, 0.0, versions[rank])
+        else:
+            book.begun(rank, 1, 0.0, versions[rank])
+        book.check()
+    assert (book.staged == 1) == (len(set(versions)) == 1)
+    assert (1 in book.dead) == (len(set(versions)) > 1)
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Any order of events, also ones that no honest rank would report: the ledger never contradicts itself."""
 
@@ -145,13 +190,13 @@ class LedgerMachine(RuleBasedStateMachine):
     def rank(self, number: int) -> int:
         return number % self.book.world_size
 
-    @rule(rank=st.integers(0, 3), step=st.integers(0, 12))
-    def begun(self, rank: int, step: int) -> None:
-        self.book.begun(self.rank(rank), step, self.now)
+    @rule(rank=st.integers(0, 3), step=st.integers(0, 12), version=versions)
+    def begun(self, rank: int, step: int, version: int) -> None:
+        self.book.begun(self.rank(rank), step, self.now, version)
 
-    @rule(rank=st.integers(0, 3), step=st.integers(0, 12), is_persisted=st.booleans())
-    def sealed(self, rank: int, step: int, is_persisted: bool) -> None:
-        self.book.sealed(self.rank(rank), step, is_persisted, self.now)
+    @rule(rank=st.integers(0, 3), step=st.integers(0, 12), is_persisted=st.booleans(), version=versions)
+    def sealed(self, rank: int, step: int, is_persisted: bool, version: int) -> None:
+        self.book.sealed(self.rank(rank), step, is_persisted, self.now, version)
 
     @rule(step=st.integers(0, 12))
     def killed(self, step: int) -> None:

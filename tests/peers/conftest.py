@@ -1,0 +1,28 @@
+"""Fleets of daemons as fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import pytest
+from daemon_nursery import DaemonNursery
+from fleet import Fleet
+from harness import Stage
+
+
+class MakeFleet(Protocol):
+    def __call__(self, count: int, **options: Any) -> Fleet: ...
+
+
+@pytest.fixture(scope="session")
+def daemon_nursery() -> Iterator[DaemonNursery]:
+    nursery = DaemonNursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def make_fleet(stage: Stage, daemon_nursery: DaemonNursery) -> MakeFleet:
+    """``make_fleet(6, memory="16MiB")``: so many daemons, with their options; they are gone after the test."""
+    return lambda count, **options: Fleet(stage, count, spawn=daemon_nursery.spawn, **options)
