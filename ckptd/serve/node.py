@@ -387,7 +387,7 @@ class Node:
             is_decided=newest.is_decided,
             restored=newest.parent,
             staged=node_run.staged_id() if node_run else None,
-            protected=node_run.parity_id() if node_run else None,
+            protected=node_run.last_parity if node_run else None,
             protecting=node_run.protecting_id() if node_run else None,
             fallbacks=self._parity_before(run, newest) if is_bare else (),
             dead=node_run.dead_ids() if node_run else (),

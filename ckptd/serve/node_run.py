@@ -67,6 +67,8 @@ class NodeRun:
         self.incarnation = incarnation
         self.roster = roster
         self.slot_bytes: dict[int, int] = {}
+        # Kept also while it is withdrawn: what is left of its parity may still make up for a loss.
+        self.last_parity: SnapshotId | None = None
         self.confirmed: SnapshotId | None = None
         self.is_making_parity = False
         self.groups = plan_groups(roster)
@@ -261,6 +263,7 @@ class NodeRun:
             self._count(self.watermarks, marks)
             self.watermarks = marks
             self.version += 1
+            self.last_parity = self.parity_id() or self.last_parity
             self._follow_drain(marks)
             self._follow_adoptions(marks)
             self.changed.notify_all()

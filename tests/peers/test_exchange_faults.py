@@ -5,6 +5,7 @@ ends, one way or the other, with the reason; nothing is made of garbage; and wha
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from harness import wait_until
 from shard_ranks import ShardJob
 
 from ckptd.erasure.stripes import Stripes
-from ckptd.errors import RestoreUndecided
+from ckptd.errors import DaemonUnreachable, RestoreUndecided
 from ckptd.model import Geometry
 
 STRIPES = Stripes(Geometry(4, 2), 2)
@@ -142,8 +143,8 @@ def test_a_daemon_killed_amid_protection_and_restarted_with_its_memory(
     job = ShardJob(fleet.daemons)
     job.save(1)
     job.wait_protected(1)
-    # Its own death may come before the coordinator, which it is, has said that the step is staged.
-    job.save(2, ranks=range(6))
+    with suppress(DaemonUnreachable):  # it may die before it answers the rank whose shard was the last
+        job.save(2, ranks=range(6))
     assert fleet.daemons[position].wait_exit() == -9
     fleet.daemons[position].restart()
     job.rejoin(fleet.daemons[position])
