@@ -61,7 +61,7 @@ def recover(daemons: list[DaemonProcess], size_bytes: int, protect: str, lost: i
     try:
         snapshot = snapshot_from_pb(job.candidates().candidates[0].snapshot)
         until = time.monotonic() + 60
-        while is_settled and len(daemons[lost].status()["slots"]) < _SLOTS:
+        while is_settled and not daemons[lost].status()["slots"]:
             if time.monotonic() > until:
                 raise RuntimeError("the fresh daemon made no slots")
             time.sleep(0.05)

@@ -167,6 +167,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def _written() -> dict[str, dict[str, Any]]:
+    """The results that RESULTS.md holds, by script."""
+    lines = [line for line in RESULTS.read_text().splitlines() if line.startswith("{")]
+    return {result["bench"]: result for result in map(json.loads, lines)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     benches = list(dict.fromkeys(figure.bench for figure in FIGURES))
@@ -174,7 +180,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into bench/RESULTS.md")
     arguments = parser.parse_args()
     names = arguments.names or benches
-    results = {}
+    # Rows that are not measured again stay as they were.
+    results = _written() if arguments.write else {}
     for name in names:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         results[name] = measure(name)
@@ -184,7 +191,7 @@ def main() -> None:
         machine = (
             f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
         )
-        raw = "\n".join(json.dumps(results[name]) for name in names)
+        raw = "\n".join(json.dumps(result) for result in results.values())
         RESULTS.write_text(f"{before}{mark}\nMachine: {machine}.\n\n{table(results)}\n\n```json\n{raw}\n```\n")
 
 

@@ -133,8 +133,10 @@ class Peer:
 
     def _open_session(self) -> None:
         with self._lock:
-            answer = self._node.OpenSession(node_pb2.OpenSessionRequest(), timeout=CALL_S)
-            self._token = answer.token
+            try:
+                self._token = self._node.OpenSession(node_pb2.OpenSessionRequest(), timeout=CALL_S).token
+            except grpc.RpcError as error:
+                raise error_from_rpc(error, self.address) from error
 
     def _with_session(self, call: Callable[[tuple[tuple[str, str], ...]], Any]) -> Any:
         try:

@@ -53,9 +53,12 @@ class Protection:
             self._failed[node] = reason
             self._close_attempt(now_s)
 
-    def parity_lost(self, node: str, snapshot: SnapshotId) -> None:
+    def parity_lost(self, node: str, snapshot: SnapshotId, now_s: float) -> None:
         """``node`` does not hold the parity any more that it reported: protection is withdrawn until it is rebuilt."""
         self._done.get(snapshot, set()).discard(node)
+        if snapshot == self.protecting:
+            self._failed[node] = "its parity was lost again"  # it has reported already, and would not do so twice
+            self._close_attempt(now_s)
         if snapshot == self.parity_of:
             self.parity_of = None
             self._start()

@@ -69,6 +69,7 @@ class Coordinator:
         self._drained: set[int] = set()
         self._adoptions: dict[int, str] = {}
         self._seen_silent: set[str] = set()
+        self._is_committing = False
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
     def set_pace(self, pace: Pace) -> None:
@@ -151,6 +152,8 @@ class Coordinator:
 
     def _take(self, item: pb.Progress, node: str, now: float) -> None:
         ledger = self._ledger
+        if self._is_committing and item.level in (pb.LEVEL_DRAINED, pb.LEVEL_DRAIN_FAILED):
+            return  # of a drain whose every shard is written
         if item.level == pb.LEVEL_BEGUN:
             ledger.begun(item.rank, item.step, now, item.roster_version)
         elif item.level == pb.LEVEL_STAGED:
@@ -168,7 +171,8 @@ class Coordinator:
         elif item.level == pb.LEVEL_DRAINED and ledger.draining == item.step and not item.tier:
             self._drained.add(item.rank)
             if len(self._drained) == self.roster.world_size:
-                written, self._written, self._drained = self._written, {}, set()
+                written, self._is_committing = self._written, True
+                self._end_drain()
                 self._committing.submit(self._commit, item.step, written)
 
     def _take_protection(self, item: pb.Progress, node: str, now: float) -> None:
@@ -181,7 +185,7 @@ class Coordinator:
             self._protection.failed(node, snapshot, item.reason, now)
         else:
             log.warning("parity lost", run=self.run, node=node, snapshot=str(snapshot), reason=item.reason)
-            self._protection.parity_lost(node, snapshot)
+            self._protection.parity_lost(node, snapshot, now)
 
     def _watermarks(self) -> types_pb2.Watermarks:
         ledger = self._ledger
@@ -232,6 +236,8 @@ class Coordinator:
                 self._give_up(step, f"{type(error).__name__}: {error}")
         else:
             with self._lock:
+                self._end_drain()
+                self._is_committing = False
                 self._ledger.drained(step, is_durable=bool(wanted))
             log.info("checkpoint durable" if wanted else "checkpoint in the nodes' tiers", run=self.run, step=step)
         self._on_change()
@@ -259,7 +265,7 @@ class Coordinator:
     def _adopt_drains_of(self, silent: list[str]) -> None:
         """Shards of nodes that are gone are drained by the first survivor of their group, which reconstructs them."""
         self._adoptions = {}
-        step = self._ledger.draining
+        step = None if self._is_committing else self._ledger.draining
         for node in silent if step is not None else ():
             left = set(self.roster.ranks_of(node)) - self._drained
             if not left or step is None:
@@ -273,8 +279,12 @@ class Coordinator:
                 return
             self._adoptions |= dict.fromkeys(left, survivor)
 
-    def _give_up(self, step: int, reason: str) -> None:
+    def _end_drain(self) -> None:
         self._written, self._drained, self._adoptions = {}, set(), {}
+
+    def _give_up(self, step: int, reason: str) -> None:
+        self._end_drain()
+        self._is_committing = False
         self._ledger.drain_failed(step, reason)
 
 

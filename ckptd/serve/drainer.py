@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import structlog
 
 from ckptd.arena.slot import Slot
-from ckptd.errors import CkptdError, Corrupt
+from ckptd.errors import CkptdError, Corrupt, DrainFailed
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import find_corrupt_block
+from ckptd.format.slot import SlotState
 from ckptd.metrics import Metrics
 from ckptd.model import SnapshotId
 from ckptd.serve.commits import NodeCommits
@@ -82,6 +83,8 @@ class Drainer:
 
     def _write(self, drain: Drain) -> list[pb.Progress]:
         slot, layout = drain.slot, drain.slot.sealed_header.layout
+        if slot.state is not SlotState.SEALED or slot.sealed_header.snapshot != drain.snapshot:
+            raise DrainFailed(f"slot {slot.id} holds something else by now")
         failpoint("drain.before")
         block = find_corrupt_block(slot.payload, layout.block_bytes, slot.table)
         if block is not None:

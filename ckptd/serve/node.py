@@ -380,20 +380,18 @@ class Node:
         if newest is None:
             return RunMarks()
         node_run = self._runs.get((run, newest.incarnation))
+        if node_run is None:
+            return RunMarks(newest.incarnation, newest.is_decided, newest.parent)
+        staged, protected, protecting, dead, is_protected = node_run.reached()
         # Until something of this incarnation is protected, what was protected before is all that a lost node leaves.
-        is_bare = node_run is not None and bool(node_run.groups) and node_run.parity_id() is None
+        is_bare = bool(node_run.groups) and not is_protected
+        fallbacks = self._parity_before(run, newest) if is_bare else ()
         return RunMarks(
-            current=newest.incarnation,
-            is_decided=newest.is_decided,
-            restored=newest.parent,
-            staged=node_run.staged_id() if node_run else None,
-            protected=node_run.last_parity if node_run else None,
-            protecting=node_run.protecting_id() if node_run else None,
-            fallbacks=self._parity_before(run, newest) if is_bare else (),
-            dead=node_run.dead_ids() if node_run else (),
+            newest.incarnation, newest.is_decided, newest.parent, staged, protected, protecting, fallbacks, dead
         )
 
     def _parity_before(self, run: str, newest: IncarnationRecord) -> set[SnapshotId]:
         """Snapshots of older incarnations, not newer than the one restored, of which parity is here."""
-        held = {file.header.group.snapshot for file in self.arena.parity.sealed(run) if file.header}
+        with self.arena.lock:
+            held = {file.held.group.snapshot for file in self.arena.parity.sealed(run)}
         return {s for s in held if newest.parent and s <= newest.parent}

@@ -7,11 +7,12 @@ nothing is recycled: the last watermarks stay in force.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import structlog
 
@@ -42,6 +43,16 @@ class RankState:
     pid: int
     state: Literal["joined", "left", "dead"]
     watch: object | None = None
+
+
+class Reached(NamedTuple):
+    """How far a run is. ``protected`` stays when protection is withdrawn: what is left of it may still do."""
+
+    staged: SnapshotId | None
+    protected: SnapshotId | None
+    protecting: SnapshotId | None
+    dead: set[SnapshotId]
+    is_protected: bool
 
 
 class NodeRun:
@@ -196,27 +207,30 @@ class NodeRun:
         group = group_of(self.groups, self._node_id)
         if group is None:
             return set()
-        files = [f for f in self._arena.parity.sealed(self.run) if f.header]
+        with self._arena.lock:
+            held = [file.held for file in self._arena.parity.sealed(self.run)]
         found = set()
-        for record in {f.held.group.key: f.held.group for f in files}.values():
+        for record in {h.group.key: h.group for h in held}.values():
             if record.geometry != group.geometry:
                 continue
             if [i.ranks for i in record.images] != [self.roster.ranks_of(member) for member in group.members]:
                 continue
             wanted = Stripes(record.geometry, 1).parity_of(group.position(self._node_id))
-            here = {(f.held.stripe, f.held.row) for f in files if f.held.group.key == record.key}
+            here = {(h.stripe, h.row) for h in held if h.group.key == record.key}
             if here.issuperset(wanted):
                 found.add(record.snapshot)
         return found
 
-    def protection(self, level: pb.Level.ValueType, snapshot: SnapshotId, reason: str = "") -> pb.Progress:
-        """What came of this node's parity of ``snapshot``."""
+    def protection(
+        self, level: pb.Level.ValueType, snapshot: SnapshotId, reason: str = "", version: int | None = None
+    ) -> pb.Progress:
+        """What came of this node's parity of ``snapshot``, in groups of that roster ``version`` (None: the newest)."""
         return pb.Progress(
             step=snapshot.step,
             level=level,
             reason=reason,
             incarnation=incarnation_to_pb(snapshot.incarnation),
-            roster_version=self.roster.version,
+            roster_version=self.roster.version if version is None else version,
         )
 
     def report_pace(self, rank: int, step: int, step_s: float, stall_s: float) -> None:
@@ -269,6 +283,18 @@ class NodeRun:
             self.changed.notify_all()
         self._on_marks(self)
 
+    def reached(self) -> Reached:
+        """All of one message: watermarks may be replaced at any moment."""
+        marks = self.watermarks
+        parity = snapshot_from_pb(marks.parity_of) if marks.HasField("parity_of") else None
+        return Reached(
+            SnapshotId(self.incarnation, marks.staged) if marks.HasField("staged") else None,
+            parity or self.last_parity,
+            snapshot_from_pb(marks.protecting) if marks.HasField("protecting") else None,
+            {SnapshotId(self.incarnation, outcome.step) for outcome in marks.dead},
+            is_protected=parity is not None,
+        )
+
     def staged_id(self) -> SnapshotId | None:
         marks = self.watermarks
         return SnapshotId(self.incarnation, marks.staged) if marks.HasField("staged") else None
@@ -279,8 +305,7 @@ class NodeRun:
         return snapshot_from_pb(marks.parity_of) if marks.HasField("parity_of") else None
 
     def protecting_id(self) -> SnapshotId | None:
-        marks = self.watermarks
-        return snapshot_from_pb(marks.protecting) if marks.HasField("protecting") else None
+        return self.reached().protecting
 
     def dead_ids(self) -> set[SnapshotId]:
         return {SnapshotId(self.incarnation, outcome.step) for outcome in self.watermarks.dead}
@@ -313,15 +338,17 @@ class NodeRun:
         snapshot = SnapshotId(self.incarnation, draining)
         self._drain_leases[draining] = {}
         for rank in self.roster.ranks_of(self._node_id):
-            slot = self._arena.find_sealed(self.run, snapshot, rank)
-            if slot is None:
-                log.warning("nothing to drain", run=self.run, rank=rank, step=draining)
+            with self._arena.lock:  # nothing may be recycled between finding it and leasing it
+                slot = self._arena.find_sealed(self.run, snapshot, rank)
+                found = self._arena.lease(slot, f"drain/{self.run}/{snapshot}") if slot else None
+            if found is None:
                 reason = "its slot is not in memory any more"
                 threading.Thread(target=self._drain_failed, args=(rank, draining, reason), daemon=True).start()
                 continue
-            self._drain(snapshot, rank, self._arena.lease(slot, f"drain/{self.run}/{snapshot}"))
+            self._drain(snapshot, rank, found)
 
     def _drain(self, snapshot: SnapshotId, rank: int, lease: Lease) -> None:
+        lease.deadline_s = math.inf  # a drain may wait for long behind others; it is released when the drain ends
         self._drain_leases[snapshot.step][rank] = lease
         self._drainer.submit(Drain(self.run, snapshot, rank, lease.slot, self._commits, self.report))
 
@@ -343,6 +370,10 @@ class NodeRun:
             lease = self._fetch(self, snapshot, rank)
         except CkptdError as error:
             self._drain_failed(rank, step, f"its node is lost, and it cannot be had from peers: {error.message}")
+            return
+        except Exception as error:  # a thread's boundary: the drain must end, with its reason
+            log.exception("adoption failed", run=self.run, rank=rank, step=step)
+            self._drain_failed(rank, step, f"{type(error).__name__}: {error}")
             return
         finally:
             self._adopting.discard((step, rank))

@@ -14,6 +14,7 @@ from ckptd.format.slot import SlotState
 from ckptd.model import SnapshotId
 from ckptd.peers.protect import Protector, Task
 from ckptd.serve.node_run import NodeRun
+from ckptd_api.convert import snapshot_from_pb
 from ckptd_api.v1 import coordinator_pb2 as pb
 
 log = structlog.get_logger()
@@ -31,13 +32,14 @@ class Protecting:
         """The watermarks or the roster of ``run`` have changed."""
         self.recycle(run.run)
         self._confirm(run)
-        snapshot = run.protecting_id()
-        wanted = (snapshot, run.roster.version, run.watermarks.protect_attempt) if snapshot else None
-        with run.changed:
+        with run.changed:  # one at a time, and all of one message: the last to come here has the newest
+            marks, roster = run.watermarks, run.roster
+            snapshot = snapshot_from_pb(marks.protecting) if marks.HasField("protecting") else None
+            wanted = (snapshot, roster.version, marks.protect_attempt) if snapshot else None
             if wanted == run.protecting:
                 return
             run.protecting = wanted
-        group = group_of(run.groups, run.node_id)
+            group = group_of(run.groups, run.node_id)
         if snapshot is None or wanted is None or group is None:
             return
 
@@ -46,14 +48,14 @@ class Protecting:
                 return
             run.is_making_parity = False
             level = pb.LEVEL_PROTECTED if problem is None else pb.LEVEL_PROTECT_FAILED
-            run.report(run.protection(level, snapshot, problem or ""))
+            run.report(run.protection(level, snapshot, problem or "", roster.version))
 
         run.is_making_parity = True
         self._protector.submit(
             Task(
                 run=run.run,
                 snapshot=snapshot,
-                roster=run.roster,
+                roster=roster,
                 group=group,
                 node_id=run.node_id,
                 is_wanted=lambda: run.protecting == wanted,
@@ -75,9 +77,10 @@ class Protecting:
 
     def recycle(self, run: str) -> None:
         """Free the parity of snapshots whose shards need not be kept either."""
-        marks = self._marks_of(run)
-        held = {file.header.group.snapshot for file in self._arena.parity.sealed(run) if file.header}
-        self._arena.parity.recycle(run, {snapshot for snapshot in held if _is_kept(snapshot, marks)})
+        with self._arena.lock:  # a fragment that is sealed meanwhile must not be missing from what is kept
+            marks = self._marks_of(run)
+            held = {file.held.group.snapshot for file in self._arena.parity.sealed(run)}
+            self._arena.parity.recycle(run, {snapshot for snapshot in held if _is_kept(snapshot, marks)})
 
     def withdraw(self, run: NodeRun, snapshot: SnapshotId, reason: str) -> None:
         """Parity of ``snapshot`` that was reported in place is not there any more."""

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from ckptd.errors import CkptdError
+from ckptd.errors import CkptdError, InvalidRequest, NotPermitted
 from ckptd_api.v1 import coordinator_pb2 as pb
 
 _MOST_UNSENT: Final = 4096
@@ -114,17 +114,24 @@ class Reporter:
             try:
                 answer = self._reported.send(self._reported.request(progress, paces))
             except CkptdError as error:
-                if error.is_retryable:
-                    with self._queue:
-                        self._progress = [*progress, *self._progress][-_MOST_UNSENT:]
+                # What the coordinator will never take is dropped; all else goes again: a lost word may be waited for.
+                if not isinstance(error, InvalidRequest | NotPermitted):
+                    self._requeue(progress)
                 self._note(error)
                 return
+            except BaseException:
+                self._requeue(progress)
+                raise
             self._note(None)
             is_new = self._coordinator not in (0, answer.instance)
             self._coordinator = answer.instance
             self._reported.take(answer)
         if is_new:
             self._reported.report_held()
+
+    def _requeue(self, progress: Sequence[pb.Progress]) -> None:
+        with self._queue:
+            self._progress = [*progress, *self._progress][-_MOST_UNSENT:]
 
     def _note(self, problem: CkptdError | None) -> None:
         if (problem is None) != (self.problem is None):

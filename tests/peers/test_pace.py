@@ -95,7 +95,7 @@ def test_a_schedule_only_ever_changes_in_the_future(
         assert entry.every_steps >= 0
         if every.kind != "steps" or every.value:
             assert entry.every_steps >= 1
-        if entry.persist_steps and len(pace.schedule.entries) > 1:
+        if entry.persist_steps and entry.every_steps and len(pace.schedule.entries) > 1:
             assert entry.persist_steps % entry.every_steps == 0
         froms = [e.from_step for e in pace.schedule.entries]
         assert froms == sorted(froms)

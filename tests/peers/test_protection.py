@@ -119,7 +119,7 @@ def test_parity_that_is_lost_withdraws_protection_until_it_is_rebuilt() -> None:
     book = protection()
     book.staged(step(1))
     all_protect(book, step(1))
-    book.parity_lost("a", step(1))
+    book.parity_lost("a", step(1), 0.0)
     assert (book.parity_of, book.protecting) == (None, step(1))
     book.protected("a", step(1))
     assert (book.parity_of, book.protecting) == (step(1), None)
@@ -188,7 +188,7 @@ class ProtectionMachine(RuleBasedStateMachine):
     @rule(node=st.sampled_from(NODES), which=st.integers(0, 20))
     def parity_lost(self, node: str, which: int) -> None:
         self.in_place.discard((node, self.some_step(which)))
-        self.book.parity_lost(node, self.some_step(which))
+        self.book.parity_lost(node, self.some_step(which), self.now)
 
     @rule(nodes=st.sets(st.sampled_from(NODES)))
     def renew(self, nodes: set[str]) -> None:
@@ -259,7 +259,7 @@ def disturbed(seed: int, count: int) -> tuple[Protection, Nodes]:
         if rng.random() < 0.3:
             book.staged(step(number))
         if rng.random() < 0.1 and book.parity_of:
-            book.parity_lost(rng.choice(NODES[:count]), book.parity_of)
+            book.parity_lost(rng.choice(NODES[:count]), book.parity_of, float(number))
         nodes.turn()
     book.staged(step(100))
     return book, nodes
