@@ -158,7 +158,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
 def run_ranks(arguments: argparse.Namespace, size_bytes: int, rate: int) -> dict[str, Any]:
     """What rank 0 printed."""
     # Two runs, four slots each at most while they are made, two generations of parity of the one.
-    memory = 10 * size_bytes + 64 * MIB
+    memory = 16 * size_bytes + 64 * MIB
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     command = [sys.executable, "-m", "bench.interference", "--state-bytes", str(size_bytes)]
     command += ["--steps", str(arguments.steps), "--step-s", str(arguments.step_s), "--rounds", str(arguments.rounds)]
