@@ -305,13 +305,12 @@ class Settings(BaseSettings):
             )
         return self
 
-    @property
-    def peer_address(self) -> str:
-        """HOST:PORT at which peers reach this daemon; "": they cannot."""
-        if self.advertise or not self.listen:
-            return self.advertise or ""
-        host, port = parse_host_port(self.listen)
-        return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else self.listen  # noqa: S104  compared
+    def peer_address(self, port: int) -> str:
+        """HOST:PORT at which peers reach this daemon, which listens at ``port``."""
+        host, separator, named = (self.advertise or self.listen or "").rpartition(":")
+        if not self.advertise and host in ("0.0.0.0", "[::]", "::"):  # noqa: S104  compared
+            host = socket.gethostname()
+        return f"{host}{separator}{port if named == '0' else named}"
 
 
 class _Given(PydanticBaseSettingsSource):

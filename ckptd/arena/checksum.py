@@ -27,7 +27,7 @@ class Checksummer:
 
     def __init__(self, threads: int | None = None) -> None:
         self._pool = ThreadPoolExecutor(
-            threads or max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="checksum", initializer=_yield_to_others
+            threads or max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="checksum", initializer=yield_to_others
         )
 
     @property
@@ -43,7 +43,7 @@ class Checksummer:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _yield_to_others() -> None:
+def yield_to_others() -> None:
     """On Linux a thread has a nice value of its own: where cores are short, training and copies go first."""
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -9,7 +9,6 @@ is slow and slots must not wait for it.
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
@@ -19,13 +18,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from ckptd.arena.mapped import allocate, map_path, touch
 from ckptd.arena.room import Holding, Order
 from ckptd.errors import Corrupt, FormatTooNew, InvalidRequest, NoSlot
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import HEADER_BYTES, digest, find_corrupt_block
 from ckptd.format.parity import ParityHeader, decode_header, encode_header, file_bytes
 from ckptd.format.slot import SlotState, read_state, write_state
-from ckptd.memory import HUGE_BYTES, Bytes, collapse, map_file, populate
+from ckptd.memory import Bytes
 from ckptd.model import SnapshotId
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ class ParityFile:
         self.id = path.name
         self.path = path
         self.capacity_bytes = capacity_bytes
-        fd = os.open(path, os.O_RDWR)
-        try:
-            self._bytes = map_file(fd, capacity_bytes)
-        finally:
-            os.close(fd)
+        self._bytes = map_path(path, capacity_bytes)
         self._lock = lock
         self._view = self._bytes.data
         self.header: ParityHeader | None = None
@@ -62,19 +58,13 @@ class ParityFile:
     def make(cls, path: Path, capacity_bytes: int, lock: threading.RLock) -> ParityFile:
         """A new file with all of its memory allocated (so that no write can end in SIGBUS); OSError when there is
         none, and nothing is left behind."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        allocate(path, capacity_bytes)
         try:
-            failpoint("arena.allocate")
-            os.posix_fallocate(fd, 0, capacity_bytes)
             file = cls(path, capacity_bytes, lock)
         except BaseException:
             path.unlink()
             raise
-        finally:
-            os.close(fd)
-        if capacity_bytes >= HUGE_BYTES:
-            collapse(file._bytes)
-        populate(file._bytes)  # faults now, off the data path
+        touch(file._bytes)
         return file
 
     # --- views ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
+from ckptd.arena.mapped import allocate, map_path, touch
 from ckptd.errors import Corrupt, InvalidRequest
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import HEADER_BYTES, checksum_blocks, digest, find_corrupt_block
@@ -32,7 +33,6 @@ from ckptd.format.slot import (
     write_mark,
     write_state,
 )
-from ckptd.memory import HUGE_BYTES, collapse, map_file, populate
 
 
 class Slot:
@@ -42,11 +42,7 @@ class Slot:
         self.id = path.name
         self.path = path
         self.capacity_bytes = capacity_bytes
-        fd = os.open(path, os.O_RDWR)
-        try:
-            self._bytes = map_file(fd, capacity_bytes)
-        finally:
-            os.close(fd)
+        self._bytes = map_path(path, capacity_bytes)
         self._view = self._bytes.data
         self.page = self._view[:HEADER_BYTES]
         self.header: SlotHeader | None = None
@@ -60,19 +56,9 @@ class Slot:
     def make(cls, path: Path, capacity_bytes: int) -> Slot:
         """A new file with all of its memory allocated (so that no write can end in SIGBUS); OSError when there is
         none, and nothing is left behind."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            failpoint("arena.allocate")
-            os.posix_fallocate(fd, 0, capacity_bytes)
-        except OSError:
-            path.unlink()
-            raise
-        finally:
-            os.close(fd)
+        allocate(path, capacity_bytes)
         slot = cls(path, capacity_bytes)
-        if capacity_bytes >= HUGE_BYTES:
-            collapse(slot._bytes)
-        populate(slot._bytes)  # faults now, off the data path
+        touch(slot._bytes)
         write_state(slot.page, SlotState.FREE)
         return slot
 

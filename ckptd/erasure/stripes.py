@@ -52,6 +52,10 @@ class Stripes:
             raise ValueError(f"no piece {piece} in {self.geometry}")
         return (position + 1 + piece) % self.n
 
+    def blocks_there(self, image_blocks: int, piece: int) -> int:
+        """How much of a piece an image of so many blocks has; the rest is zeros."""
+        return max(0, min(self.piece_blocks, image_blocks - piece * self.piece_blocks))
+
     def column_of(self, stripe: int, position: int) -> int:
         """The fragment that ``position`` has in ``stripe``: data 0..k-1, parity k..k+m-1, as ``Code`` counts."""
         return (position - stripe - self.geometry.m) % self.n

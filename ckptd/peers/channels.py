@@ -180,13 +180,6 @@ class Channels:
         with self._lock:
             self._peers.pop(address, None)
 
-    def forget(self, addresses: set[str]) -> None:
-        """Close the connections to daemons that no run names any more."""
-        with self._lock:
-            gone = [self._peers.pop(a) for a in addresses if a in self._peers]
-        for peer in gone:
-            peer.close()
-
     def close(self) -> None:
         self._watchdog.close()
         with self._lock:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckptd.erasure.holdings import Holder
 from ckptd.errors import CkptdError, Corrupt
 from ckptd.format.blocks import find_corrupt_block
 from ckptd.memory import Bytes
@@ -39,6 +40,16 @@ class Source:
     piece: Piece
     first: int
     blocks: int
+
+
+def name_of(holder: Holder) -> str:
+    """What to call a daemon in messages."""
+    return f"node {holder.node_id} at {holder.address or 'this daemon'}"
+
+
+def source_from(transport: Transport, holder: Holder, piece: Piece, first: int, blocks: int) -> Source:
+    """``blocks`` blocks of ``piece`` from ``first`` on, of what ``holder`` has."""
+    return Source(transport, holder.address, name_of(holder), piece, first, blocks)
 
 
 class SourceFailed(CkptdError):

@@ -21,6 +21,7 @@ from ckptd.arena.arena import Arena
 from ckptd.arena.parity import ParityFile
 from ckptd.erasure.code import Code
 from ckptd.erasure.groups import Group
+from ckptd.erasure.holdings import Holder
 from ckptd.erasure.stripes import Stripes
 from ckptd.errors import CkptdError, Corrupt, ProtectFailed, UnknownStep
 from ckptd.failpoints import failpoint
@@ -29,9 +30,9 @@ from ckptd.format.image import GroupRecord, ImageRecord
 from ckptd.format.parity import ParityHeader
 from ckptd.metrics import Metrics
 from ckptd.model import Roster, SnapshotId
-from ckptd.peers.gather import Source, gather
+from ckptd.peers.gather import Source, gather, name_of, source_from
 from ckptd.peers.rate import TokenBucket
-from ckptd.peers.transport import MESSAGE_BYTES, Piece, Transport
+from ckptd.peers.transport import Piece, Transport, batch_blocks
 
 _BACKOFF_S: Final = (0.1, 0.25, 0.5, 1.0, 2.0)
 _ABSENT_S: Final = 3.0
@@ -59,6 +60,10 @@ class Task:
     @property
     def position(self) -> int:
         return self.group.position(self.node_id)
+
+    def holder(self, member: str) -> Holder:
+        """Where that member of the group is."""
+        return Holder(member, self.roster.nodes[member].address)
 
 
 DescribeImage = Callable[[str, str, SnapshotId, Sequence[int]], ImageRecord]
@@ -133,11 +138,11 @@ class Protector:
 
     def _image(self, task: Task, member: str) -> ImageRecord:
         """The record of ``member``'s image, asked for until it answers or the deadline is over."""
-        address, ranks = task.roster.nodes[member].address, task.roster.ranks_of(member)
-        attempt = self._attempt(task, f"node {member} at {address}")
+        holder, ranks = task.holder(member), task.roster.ranks_of(member)
+        attempt = self._attempt(task, name_of(holder))
         while True:
             try:
-                image = self._describe_image(address, task.run, task.snapshot, ranks)
+                image = self._describe_image(holder.address, task.run, task.snapshot, ranks)
                 if image.ranks != ranks or any(s.header.snapshot != task.snapshot for s in image.shards):
                     raise Corrupt(f"{attempt.name} described another image than was asked for")
                 return image
@@ -157,7 +162,7 @@ class Protector:
             raise
 
     def _fill(self, task: Task, record: GroupRecord, stripes: Stripes, stripe: int, row: int, file: ParityFile) -> None:
-        code, size, batch = Code(record.geometry), record.block_bytes, max(1, MESSAGE_BYTES // record.block_bytes)
+        code, size, batch = Code(record.geometry), record.block_bytes, batch_blocks(record.block_bytes)
         sources = [self._source(task, record, stripes, position, piece) for position, piece in stripes.data_of(stripe)]
         fragment = file.fragment
         attempt, done = self._attempt(task, f"stripe {stripe}"), 0
@@ -177,13 +182,10 @@ class Protector:
                 attempt.failed(error)
 
     def _source(self, task: Task, record: GroupRecord, stripes: Stripes, position: int, piece: int) -> Source:
-        member = task.group.members[position]
-        first = piece * stripes.piece_blocks
-        image = record.images[position]
-        address = task.roster.nodes[member].address
-        there = max(0, min(stripes.piece_blocks, image.blocks - first))
-        name = f"node {member} at {address}"
-        return Source(self._transport, address, name, Piece(task.run, task.snapshot, image.ranks), first, there)
+        image, first = record.images[position], piece * stripes.piece_blocks
+        of = Piece(task.run, task.snapshot, image.ranks)
+        holder = task.holder(task.group.members[position])
+        return source_from(self._transport, holder, of, first, stripes.blocks_there(image.blocks, piece))
 
     def _check_wanted(self, task: Task) -> None:
         if self._is_closed.is_set() or not task.is_wanted():

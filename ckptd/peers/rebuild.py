@@ -25,9 +25,9 @@ from ckptd.format.image import GroupRecord, ImageRecord, ShardRecord
 from ckptd.format.slot import SlotHeader
 from ckptd.memory import Bytes
 from ckptd.model import SnapshotId
-from ckptd.peers.gather import Source, SourceFailed, gather
+from ckptd.peers.gather import Source, SourceFailed, gather, name_of, source_from
 from ckptd.peers.rate import TokenBucket
-from ckptd.peers.transport import MESSAGE_BYTES, Piece, Transport
+from ckptd.peers.transport import Piece, Transport, batch_blocks
 
 PEER: Final = "peer"
 RECONSTRUCTION: Final = "reconstruction"
@@ -109,7 +109,7 @@ class Rebuilder:
                 self._copy(run, snapshot, rank, holder, target)
                 return PEER
             except CkptdError as error:
-                problems.append(f"{_name(holder)}: {error.message}")
+                problems.append(f"{name_of(holder)}: {error.message}")
         groups = [g for g in groups_of(holders, snapshot).values() if any(rank in ranks for ranks in g.images)]
         for group in sorted(groups, key=lambda g: -len(g.fragments)):
             try:
@@ -125,11 +125,11 @@ class Rebuilder:
     def _copy(self, run: str, snapshot: SnapshotId, rank: int, holder: Holder, target: Target) -> None:
         image = self._describe_image(holder, run, snapshot, (rank,))
         if image.ranks != (rank,) or image.shards[0].header.snapshot != snapshot:
-            raise Corrupt(f"{_name(holder)} described another shard than was asked for")
+            raise Corrupt(f"{name_of(holder)} described another shard than was asked for")
         filler = _Filler(image.shards[0], target)
         source = self._source(holder, Piece(run, snapshot, (rank,)), 0, image.blocks)
         size = image.shards[0].header.layout.block_bytes
-        batch = max(1, MESSAGE_BYTES // size)
+        batch = batch_blocks(size)
         for at, count, (data,) in gather([source], 0, image.blocks, batch, size, self._unlimited):
             if data is not None:
                 filler.put(at, count, data)
@@ -180,7 +180,7 @@ class Rebuilder:
     ) -> Iterator[tuple[int, int, dict[int, Bytes | None]]]:
         """(first block, number of blocks, k fragments by index) of a stripe, batch by batch. A source that fails goes
         into ``failed``, and another of those left serves from there on."""
-        done, end, batch = first, first + count, max(1, MESSAGE_BYTES // size)
+        done, end, batch = first, first + count, batch_blocks(size)
         while done < end:
             chosen = choose(done)
             try:
@@ -200,7 +200,7 @@ class Rebuilder:
             try:
                 record = self._describe_group(holder, run, snapshot, group.group)
                 if record.key != group.group or record.snapshot != snapshot:
-                    raise Corrupt(f"{_name(holder)} described another group than was asked for")
+                    raise Corrupt(f"{name_of(holder)} described another group than was asked for")
                 return record
             except CkptdError as error:
                 problem = error
@@ -223,8 +223,7 @@ class Rebuilder:
         data: dict[int, Source | None] = {}
         for column, (position, piece) in enumerate(stripes.data_of(stripe)):
             image = record.images[position]
-            begin = piece * stripes.piece_blocks
-            there = max(0, min(stripes.piece_blocks, image.blocks - begin))
+            begin, there = piece * stripes.piece_blocks, stripes.blocks_there(image.blocks, piece)
             if position == lost:
                 continue
             if there <= first:
@@ -244,8 +243,4 @@ class Rebuilder:
         return dict(list(found.items())[: record.geometry.k])
 
     def _source(self, holder: Holder, piece: Piece, first: int, blocks: int) -> Source:
-        return Source(self._transport_to(holder), holder.address, _name(holder), piece, first, blocks)
-
-
-def _name(holder: Holder) -> str:
-    return f"node {holder.node_id} at {holder.address or 'this daemon'}"
+        return source_from(self._transport_to(holder), holder, piece, first, blocks)

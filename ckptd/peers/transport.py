@@ -20,6 +20,11 @@ _CRCS, _DATA = 1, 2
 MESSAGE_BYTES: Final = 1 << 20
 
 
+def batch_blocks(block_bytes: int) -> int:
+    """Blocks in a message: as many as make ``MESSAGE_BYTES``, at least one."""
+    return max(1, MESSAGE_BYTES // block_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Something made of blocks that a daemon holds: an image (``ranks``), or a parity fragment (``group``, ``stripe``,

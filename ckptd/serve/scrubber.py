@@ -11,12 +11,10 @@ no lease is held that could leave a due step without a slot.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +22,7 @@ import numpy as np
 import structlog
 
 from ckptd.arena.arena import Lease
+from ckptd.arena.checksum import yield_to_others
 from ckptd.arena.parity import ParityFile
 from ckptd.arena.recycle import UNDECIDED
 from ckptd.arena.slot import Slot
@@ -60,7 +59,6 @@ _AWAIT_S: Final = 600.0
 _CLOSE_S: Final = 1.0
 _MOST_PROBLEMS: Final = 100
 _MOST_COUNTED: Final = 4096
-_NICE: Final = 10
 log = structlog.get_logger()
 
 
@@ -136,7 +134,7 @@ class Scrubber:
 
     # --- rounds --------------------------------------------------------------------------------------------------
     def _run(self) -> None:
-        _yield_to_others()
+        yield_to_others()
         every_s = self._node.settings.scrub_every_s
         due_s = time.monotonic() + every_s
         while not self._stop.wait(_TICK_S if not every_s else min(_TICK_S, max(0.0, due_s - time.monotonic()))):
@@ -239,7 +237,7 @@ class Scrubber:
 
     # --- mending -------------------------------------------------------------------------------------------------
     def _mend_all(self) -> None:
-        _yield_to_others()
+        yield_to_others()
         while (item := self._queue.get()) is not None and not self._stop.is_set():
             try:
                 if isinstance(item, _Missing):
@@ -369,9 +367,3 @@ class Scrubber:
             run.report(run.dead(what.rank, what.snapshot.step, "Corrupt", reason))
         if run.parity_id() == what.snapshot:
             self._node.peering.protecting.withdraw(run, what.snapshot, f"rank {what.rank}: {reason}")
-
-
-def _yield_to_others() -> None:
-    """As the checksummer does: where cores are short, training and copies go first."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -144,9 +144,7 @@ def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grp
         server.add_insecure_port(f"unix:{socket_path}")
         if settings.listen:
             port = _listen(server, settings, settings.listen)
-            node.peering.cluster.address = settings.peer_address.removesuffix(":0") + (
-                f":{port}" if settings.peer_address.endswith(":0") else ""
-            )
+            node.peering.cluster.address = settings.peer_address(port)
     except RuntimeError as error:
         raise InvalidRequest(f"cannot listen: {error}", "is the address free, and may this user bind it?") from error
     return server, services_up

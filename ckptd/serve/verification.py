@@ -29,9 +29,9 @@ from ckptd.format.blocks import find_corrupt_block
 from ckptd.format.slot import SlotState
 from ckptd.memory import Bytes
 from ckptd.model import SnapshotId
-from ckptd.peers.gather import Source, gather
+from ckptd.peers.gather import Source, gather, source_from
 from ckptd.peers.rate import TokenBucket
-from ckptd.peers.transport import MESSAGE_BYTES, Piece, Transport
+from ckptd.peers.transport import Piece, Transport, batch_blocks
 from ckptd.restore.inventory import MEMORY
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.peer_messages import held_here
@@ -216,7 +216,7 @@ def match(
     """
     record, size, row = copy.header.group, copy.block_bytes, copy.header.row
     sources, code = _sources(copy, holders, transport_to), Code(record.geometry)
-    batch = max(1, MESSAGE_BYTES // size)
+    batch = batch_blocks(size)
     for first, blocks in spans:
         with closing(_pulled(gather(sources, first, blocks, batch, size, TokenBucket(0)))) as pulled:
             for at, count, columns in pulled:
@@ -237,20 +237,19 @@ def _pulled(parts: Iterator[_Part]) -> Generator[_Part, None, None]:
 
 
 def _sources(copy: ParityCopy, holders: Sequence[Holder], transport_to: TransportTo) -> list[Source | None]:
-    record, length = copy.header.group, copy.header.piece_blocks
+    record, stripes = copy.header.group, Stripes(copy.header.group.geometry, copy.header.piece_blocks)
     sources: list[Source | None] = []
-    for position, piece in Stripes(record.geometry, length).data_of(copy.header.stripe):
+    for position, piece in stripes.data_of(copy.header.stripe):
         image = record.images[position]
-        there = max(0, min(length, image.blocks - piece * length))
+        there = stripes.blocks_there(image.blocks, piece)
         if not there:
             sources.append(None)
             continue
         holder = holder_of_image(holders, record.snapshot, image.ranks)
         if holder is None:
             raise NotCompared(f"nobody holds the shards of ranks {', '.join(map(str, image.ranks))}")
-        name = f"node {holder.node_id} at {holder.address or 'this daemon'}"
         what = Piece(copy.run, record.snapshot, image.ranks)
-        sources.append(Source(transport_to(holder), holder.address, name, what, piece * length, there))
+        sources.append(source_from(transport_to(holder), holder, what, piece * stripes.piece_blocks, there))
     return sources
 
 

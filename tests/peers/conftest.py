@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 import pytest
 from daemon_nursery import DaemonNursery
-from fleet import Fleet
+from fleet import Fleet, MakeFleet
 from harness import Stage
-
-
-class MakeFleet(Protocol):
-    def __call__(self, count: int, **options: Any) -> Fleet: ...
 
 
 @pytest.fixture(scope="session")

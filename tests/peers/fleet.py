@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from harness import DaemonProcess, Stage
 
@@ -68,6 +68,12 @@ class Fleet:
             for position, daemon in enumerate(self.daemons)
             if daemon.is_alive and not daemon.is_stopped
         }
+
+
+class MakeFleet(Protocol):
+    """The fixture: ``make_fleet(6, memory="16MiB")``."""
+
+    def __call__(self, count: int, **options: Any) -> Fleet: ...
 
 
 def own_port() -> int:

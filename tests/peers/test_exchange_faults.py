@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeFleet
-from fleet import Fleet, flip_fragment, flip_image_block
+from fleet import Fleet, MakeFleet, flip_fragment, flip_image_block
 from harness import wait_until
 from shard_ranks import ShardJob
 

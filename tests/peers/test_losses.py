@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import MakeFleet
 from daemon_nursery import DaemonNursery
-from fleet import Fleet
+from fleet import Fleet, MakeFleet
 from harness import Nursery, Stage, wait_until
 from shard_ranks import ShardJob
 

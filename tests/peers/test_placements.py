@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conftest import MakeFleet
+from fleet import MakeFleet
 from harness import DaemonProcess
 from shard_ranks import ShardJob
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import MakeFleet
+from fleet import MakeFleet
 from shard_ranks import ShardJob
 
 from ckptd.errors import RestoreUndecided
