@@ -442,7 +442,7 @@ def test_memory_that_cannot_be_mapped_leaves_no_file_behind(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOMEM, "cannot map")
 
-    monkeypatch.setattr("ckptd.arena.parity.map_file", refuse)
+    monkeypatch.setattr("ckptd.arena.mapped.map_file", refuse)
     with pytest.raises(NoSlot, match="cannot map"):
         arena.parity.begin(parity(1))
     assert list(folder.glob("*.parity")) == []

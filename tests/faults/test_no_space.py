@@ -45,7 +45,8 @@ def test_a_full_tier_is_named_and_written_again_once_there_is_room(stage: Stage)
     durable = daemon.watermark("tiny", "durable")
     assert durable is not None  # what fitted was committed
     daemon.wait_mark("tiny", "staged", max(trainer.hashes()) + 1)  # snapshots go on in memory
-    inside(daemon, "sh", "-c", "rm -rf /mnt/tier/tiny/step-*")
+    # Again and again: the daemon goes on trying, and a folder that it writes into is not empty.
+    inside(daemon, "sh", "-c", "until rm -rf /mnt/tier/tiny/step-*; do sleep 0.1; done")
     daemon.wait_mark("tiny", "durable", durable + 1)
     inside(daemon, "mount", "-o", "remount,size=64m", "/mnt")
     trainer.release("end")

@@ -257,6 +257,7 @@ def test_with_too_few_fragments_that_are_whole_the_next_candidate_serves(make_fl
     job.wait_durable(1)
     job.save(2)
     job.wait_protected(2)
+    wait_until(lambda: not any(fleet.parity(1).values()), "the parity of step 1 to be freed on every node")
     fleet.lose(0, 4)
     stripe = next(s for s in range(6) if not {0, 4} & set(STRIPES.parity_positions(s)))  # two pieces lost, no parity
     holder = STRIPES.parity_positions(stripe)[1]
