@@ -27,6 +27,7 @@ from ckptd.memory import Bytes
 from ckptd.model import SnapshotId
 from ckptd.peers.gather import Source, SourceFailed, gather, name_of, source_from
 from ckptd.peers.rate import TokenBucket
+from ckptd.peers.side_by_side import side_by_side
 from ckptd.peers.transport import Piece, Transport, batch_blocks
 
 PEER: Final = "peer"
@@ -155,7 +156,9 @@ class Rebuilder:
         stripes = Stripes.plan(record.geometry, record.image_blocks)
         start, blocks = image.span_of(rank)
         failed: dict[Source, str] = {}
-        for piece, first, count in stripes.extents(start, blocks):
+
+        def fill(piece: int, first: int, count: int) -> Iterator[int]:
+            """One piece of the image; yields how many of its blocks are there."""
             stripe = stripes.stripe_of(position, piece)
             wanted = stripes.column_of(stripe, position)
             choose = partial(self._choose, run, record, stripes, stripe, position, holders, failed)
@@ -167,7 +170,10 @@ class Rebuilder:
                 code.reconstruct(fragments, {wanted: decoded})
                 if place is None:
                     filler.put(here, n, decoded)
-                filler.progressed(here + n)
+                yield at + n - first
+
+        extents = list(stripes.extents(start, blocks))
+        side_by_side([partial(fill, *extent) for extent in extents], [n for *_, n in extents], filler.progressed)
         filler.finish()
 
     def _fragments(
