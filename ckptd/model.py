@@ -313,3 +313,12 @@ class Schedule:
         """With ``entry`` appended; entries it overtakes before they came into force are dropped."""
         kept = tuple(old for old in self.entries if old.from_step < entry.from_step)
         return Schedule((*kept, entry))
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Something that was done about a node, ``at_s`` seconds after the epoch, for a fault of ``kind``."""
+
+    node_id: str
+    at_s: float
+    kind: str

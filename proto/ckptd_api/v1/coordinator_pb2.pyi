@@ -3,6 +3,8 @@
 isort:skip_file
 What the daemons of a run ask of each other."""
 
+from ckptd_api.v1 import faults_pb2 as _faults_pb2
+from ckptd_api.v1 import timings_pb2 as _timings_pb2
 from ckptd_api.v1 import types_pb2 as _types_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -236,3 +238,423 @@ class ReportResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
+
+@_typing.final
+class NodeHealth(_message.Message):
+    """How a node is, against its own past: ckptd.detect.health."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SeveritiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SCORE_FIELD_NUMBER: _builtins.int
+    SIGNS_FIELD_NUMBER: _builtins.int
+    SEVERITIES_FIELD_NUMBER: _builtins.int
+    IS_LEARNED_FIELD_NUMBER: _builtins.int
+    score: _builtins.float
+    is_learned: _builtins.bool
+    @_builtins.property
+    def signs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def severities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        score: _builtins.float = ...,
+        signs: _abc.Iterable[_builtins.str] | None = ...,
+        severities: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        is_learned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_learned", b"is_learned", "score", b"score", "severities", b"severities", "signs", b"signs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeHealth: _TypeAlias = NodeHealth  # noqa: Y015
+
+@_typing.final
+class RankReport(_message.Message):
+    """One rank since its node's last report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    SILENT_SECONDS_FIELD_NUMBER: _builtins.int
+    IS_DEAD_FIELD_NUMBER: _builtins.int
+    HAS_LEFT_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    GONE_SECONDS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    steps: _builtins.bytes
+    """Rows of SELF."""
+    samples: _builtins.bytes
+    """Rows of SAMPLE."""
+    silent_seconds: _builtins.float
+    """Since its last heartbeat."""
+    is_dead: _builtins.bool
+    has_left: _builtins.bool
+    gone_seconds: _builtins.float
+    """Since it was found dead, or left with an error."""
+    error: _builtins.str
+    signal: _builtins.int
+    """That ended its process; 0 unknown."""
+    @_builtins.property
+    def heartbeat(self) -> _timings_pb2.Heartbeat:
+        """The newest; absent before the first, and from a rank that does not collect."""
+
+    @_builtins.property
+    def coverage(self) -> _timings_pb2.Coverage: ...
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        steps: _builtins.bytes = ...,
+        samples: _builtins.bytes = ...,
+        heartbeat: _timings_pb2.Heartbeat | None = ...,
+        silent_seconds: _builtins.float = ...,
+        is_dead: _builtins.bool = ...,
+        has_left: _builtins.bool = ...,
+        coverage: _timings_pb2.Coverage | None = ...,
+        gone_seconds: _builtins.float = ...,
+        error: _builtins.str = ...,
+        signal: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "heartbeat", b"heartbeat"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "error", b"error", "gone_seconds", b"gone_seconds", "has_left", b"has_left", "heartbeat", b"heartbeat", "is_dead", b"is_dead", "rank", b"rank", "samples", b"samples", "signal", b"signal", "silent_seconds", b"silent_seconds", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankReport: _TypeAlias = RankReport  # noqa: Y015
+
+@_typing.final
+class PeerFigures(_message.Message):
+    """What the node's kernel knows of TCP to one peer since the last sample; 0: not known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    RTT_SECONDS_FIELD_NUMBER: _builtins.int
+    RETRANSMIT_SHARE_FIELD_NUMBER: _builtins.int
+    DELIVERY_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Of the other end: numeric, without a port."""
+    rtt_seconds: _builtins.float
+    retransmit_share: _builtins.float
+    """Of the segments with data."""
+    delivery_bytes_per_second: _builtins.float
+    """Where the network was what limited it."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        rtt_seconds: _builtins.float = ...,
+        retransmit_share: _builtins.float = ...,
+        delivery_bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "delivery_bytes_per_second", b"delivery_bytes_per_second", "retransmit_share", b"retransmit_share", "rtt_seconds", b"rtt_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerFigures: _TypeAlias = PeerFigures  # noqa: Y015
+
+@_typing.final
+class PeerSample(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerFigures]: ...
+    def __init__(
+        self,
+        *,
+        peers: _abc.Iterable[Global___PeerFigures] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerSample: _TypeAlias = PeerSample  # noqa: Y015
+
+@_typing.final
+class ReportRanksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    COMMUNICATORS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    MESH_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    KNOWN_FAULTS_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    node_id: _builtins.str
+    known_faults: _builtins.int
+    """Of the faults that this analyst told last; they come again when they have changed."""
+    @_builtins.property
+    def incarnation(self) -> _types_pb2.Incarnation: ...
+    @_builtins.property
+    def communicators(self) -> _containers.RepeatedCompositeFieldContainer[_timings_pb2.CommunicatorEntry]:
+        """Rows of the node's own table; those not sent before to this analyst."""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankReport]: ...
+    @_builtins.property
+    def mesh(self) -> _timings_pb2.Mesh:
+        """Of the lowest rank here that has one; once to each analyst."""
+
+    @_builtins.property
+    def health(self) -> Global___NodeHealth: ...
+    @_builtins.property
+    def peers(self) -> Global___PeerSample:
+        """Absent when there is no new one."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        incarnation: _types_pb2.Incarnation | None = ...,
+        node_id: _builtins.str = ...,
+        communicators: _abc.Iterable[_timings_pb2.CommunicatorEntry] | None = ...,
+        ranks: _abc.Iterable[Global___RankReport] | None = ...,
+        mesh: _timings_pb2.Mesh | None = ...,
+        health: Global___NodeHealth | None = ...,
+        known_faults: _builtins.int = ...,
+        peers: Global___PeerSample | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "incarnation", b"incarnation", "mesh", b"mesh", "peers", b"peers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["communicators", b"communicators", "health", b"health", "incarnation", b"incarnation", "known_faults", b"known_faults", "mesh", b"mesh", "node_id", b"node_id", "peers", b"peers", "ranks", b"ranks", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportRanksRequest: _TypeAlias = ReportRanksRequest  # noqa: Y015
+
+@_typing.final
+class ReportRanksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    FAULTS_FIELD_NUMBER: _builtins.int
+    instance: _builtins.int
+    """Of the analyst's process: a new one must be sent communicators again."""
+    @_builtins.property
+    def faults(self) -> _faults_pb2.RunFaults:
+        """Absent when they are as told before."""
+
+    def __init__(
+        self,
+        *,
+        instance: _builtins.int = ...,
+        faults: _faults_pb2.RunFaults | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportRanksResponse: _TypeAlias = ReportRanksResponse  # noqa: Y015
+
+@_typing.final
+class RecordActionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    node_id: _builtins.str
+    kind: _builtins.str
+    @_builtins.property
+    def incarnation(self) -> _types_pb2.Incarnation: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        incarnation: _types_pb2.Incarnation | None = ...,
+        node_id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "kind", b"kind", "node_id", b"node_id", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordActionRequest: _TypeAlias = RecordActionRequest  # noqa: Y015
+
+@_typing.final
+class RecordActionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    refusal: _builtins.str
+    """Why it must not be done; "" when it is recorded."""
+    def __init__(
+        self,
+        *,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordActionResponse: _TypeAlias = RecordActionResponse  # noqa: Y015
+
+@_typing.final
+class ProbeFinding(_message.Message):
+    """A node, or the two ends of a link, that a probe has measured to be slow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KINDS_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    evidence: _builtins.str
+    """JSON: what was measured."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the faults that it can be the cause of."""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        kinds: _abc.Iterable[_builtins.str] | None = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        evidence: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "kinds", b"kinds", "nodes", b"nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeFinding: _TypeAlias = ProbeFinding  # noqa: Y015
+
+@_typing.final
+class VerifyFaultsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    @_builtins.property
+    def incarnation(self) -> _types_pb2.Incarnation: ...
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbeFinding]: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        incarnation: _types_pb2.Incarnation | None = ...,
+        findings: _abc.Iterable[Global___ProbeFinding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "incarnation", b"incarnation", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyFaultsRequest: _TypeAlias = VerifyFaultsRequest  # noqa: Y015
+
+@_typing.final
+class VerifyFaultsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def faults(self) -> _containers.RepeatedCompositeFieldContainer[_faults_pb2.FaultRow]:
+        """Those that are verified by it."""
+
+    def __init__(
+        self,
+        *,
+        faults: _abc.Iterable[_faults_pb2.FaultRow] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyFaultsResponse: _TypeAlias = VerifyFaultsResponse  # noqa: Y015
+
+@_typing.final
+class CoordinatorServiceGetPicturesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    @_builtins.property
+    def incarnation(self) -> _types_pb2.Incarnation: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        incarnation: _types_pb2.Incarnation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CoordinatorServiceGetPicturesRequest: _TypeAlias = CoordinatorServiceGetPicturesRequest  # noqa: Y015
+
+@_typing.final
+class CoordinatorServiceGetPicturesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PICTURES_FIELD_NUMBER: _builtins.int
+    pictures: _builtins.bytes
+    """JSON: ckptd.detect.pictures."""
+    def __init__(
+        self,
+        *,
+        pictures: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pictures", b"pictures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CoordinatorServiceGetPicturesResponse: _TypeAlias = CoordinatorServiceGetPicturesResponse  # noqa: Y015

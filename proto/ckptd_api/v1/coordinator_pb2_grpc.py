@@ -40,6 +40,26 @@ class CoordinatorServiceStub:
                 request_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.ReportRequest.SerializeToString,
                 response_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.ReportResponse.FromString,
                 _registered_method=True)
+        self.ReportRanks = channel.unary_unary(
+                '/ckptd_api.v1.CoordinatorService/ReportRanks',
+                request_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.ReportRanksRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.ReportRanksResponse.FromString,
+                _registered_method=True)
+        self.RecordAction = channel.unary_unary(
+                '/ckptd_api.v1.CoordinatorService/RecordAction',
+                request_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.RecordActionRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.RecordActionResponse.FromString,
+                _registered_method=True)
+        self.VerifyFaults = channel.unary_unary(
+                '/ckptd_api.v1.CoordinatorService/VerifyFaults',
+                request_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.VerifyFaultsRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.VerifyFaultsResponse.FromString,
+                _registered_method=True)
+        self.GetPictures = channel.unary_unary(
+                '/ckptd_api.v1.CoordinatorService/GetPictures',
+                request_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.CoordinatorServiceGetPicturesRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.CoordinatorServiceGetPicturesResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer:
@@ -53,6 +73,34 @@ class CoordinatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportRanks(self, request, context):
+        """What one node's ranks do, to whoever judges the run: the analyst.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordAction(self, request, context):
+        """The analyst is about to act on a node: recorded before it runs, or refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyFaults(self, request, context):
+        """A probe has shown what is slow: the analyst takes open faults that agree with it for verified.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPictures(self, request, context):
+        """What the analyst here sees of a run, as data to draw.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +108,26 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.ReportRequest.FromString,
                     response_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.ReportResponse.SerializeToString,
+            ),
+            'ReportRanks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportRanks,
+                    request_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.ReportRanksRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.ReportRanksResponse.SerializeToString,
+            ),
+            'RecordAction': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordAction,
+                    request_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.RecordActionRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.RecordActionResponse.SerializeToString,
+            ),
+            'VerifyFaults': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyFaults,
+                    request_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.VerifyFaultsRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.VerifyFaultsResponse.SerializeToString,
+            ),
+            'GetPictures': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPictures,
+                    request_deserializer=ckptd__api_dot_v1_dot_coordinator__pb2.CoordinatorServiceGetPicturesRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_coordinator__pb2.CoordinatorServiceGetPicturesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +158,114 @@ class CoordinatorService:
             '/ckptd_api.v1.CoordinatorService/Report',
             ckptd__api_dot_v1_dot_coordinator__pb2.ReportRequest.SerializeToString,
             ckptd__api_dot_v1_dot_coordinator__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportRanks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.CoordinatorService/ReportRanks',
+            ckptd__api_dot_v1_dot_coordinator__pb2.ReportRanksRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_coordinator__pb2.ReportRanksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordAction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.CoordinatorService/RecordAction',
+            ckptd__api_dot_v1_dot_coordinator__pb2.RecordActionRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_coordinator__pb2.RecordActionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyFaults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.CoordinatorService/VerifyFaults',
+            ckptd__api_dot_v1_dot_coordinator__pb2.VerifyFaultsRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_coordinator__pb2.VerifyFaultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPictures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.CoordinatorService/GetPictures',
+            ckptd__api_dot_v1_dot_coordinator__pb2.CoordinatorServiceGetPicturesRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_coordinator__pb2.CoordinatorServiceGetPicturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,14 @@ class CoordinatorServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CoordinatorServiceAsyncStub: ...
     Report: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportRequest, _coordinator_pb2.ReportResponse]
     """Progress of one node's ranks, in a batch; the answer carries the run's watermarks."""
+    ReportRanks: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportRanksRequest, _coordinator_pb2.ReportRanksResponse]
+    """What one node's ranks do, to whoever judges the run: the analyst."""
+    RecordAction: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RecordActionRequest, _coordinator_pb2.RecordActionResponse]
+    """The analyst is about to act on a node: recorded before it runs, or refused."""
+    VerifyFaults: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.VerifyFaultsRequest, _coordinator_pb2.VerifyFaultsResponse]
+    """A probe has shown what is slow: the analyst takes open faults that agree with it for verified."""
+    GetPictures: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CoordinatorServiceGetPicturesRequest, _coordinator_pb2.CoordinatorServiceGetPicturesResponse]
+    """What the analyst here sees of a run, as data to draw."""
 
 @_typing.type_check_only
 class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
@@ -43,6 +51,14 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Report: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportRequest, _coordinator_pb2.ReportResponse]  # type: ignore[assignment]
     """Progress of one node's ranks, in a batch; the answer carries the run's watermarks."""
+    ReportRanks: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportRanksRequest, _coordinator_pb2.ReportRanksResponse]  # type: ignore[assignment]
+    """What one node's ranks do, to whoever judges the run: the analyst."""
+    RecordAction: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RecordActionRequest, _coordinator_pb2.RecordActionResponse]  # type: ignore[assignment]
+    """The analyst is about to act on a node: recorded before it runs, or refused."""
+    VerifyFaults: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.VerifyFaultsRequest, _coordinator_pb2.VerifyFaultsResponse]  # type: ignore[assignment]
+    """A probe has shown what is slow: the analyst takes open faults that agree with it for verified."""
+    GetPictures: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CoordinatorServiceGetPicturesRequest, _coordinator_pb2.CoordinatorServiceGetPicturesResponse]  # type: ignore[assignment]
+    """What the analyst here sees of a run, as data to draw."""
 
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by every daemon; the coordinator of an incarnation is the daemon of rank 0's node."""
@@ -54,5 +70,37 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ReportResponse, _abc.Awaitable[_coordinator_pb2.ReportResponse]]:
         """Progress of one node's ranks, in a batch; the answer carries the run's watermarks."""
+
+    @_abc_1.abstractmethod
+    def ReportRanks(
+        self,
+        request: _coordinator_pb2.ReportRanksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ReportRanksResponse, _abc.Awaitable[_coordinator_pb2.ReportRanksResponse]]:
+        """What one node's ranks do, to whoever judges the run: the analyst."""
+
+    @_abc_1.abstractmethod
+    def RecordAction(
+        self,
+        request: _coordinator_pb2.RecordActionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.RecordActionResponse, _abc.Awaitable[_coordinator_pb2.RecordActionResponse]]:
+        """The analyst is about to act on a node: recorded before it runs, or refused."""
+
+    @_abc_1.abstractmethod
+    def VerifyFaults(
+        self,
+        request: _coordinator_pb2.VerifyFaultsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.VerifyFaultsResponse, _abc.Awaitable[_coordinator_pb2.VerifyFaultsResponse]]:
+        """A probe has shown what is slow: the analyst takes open faults that agree with it for verified."""
+
+    @_abc_1.abstractmethod
+    def GetPictures(
+        self,
+        request: _coordinator_pb2.CoordinatorServiceGetPicturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.CoordinatorServiceGetPicturesResponse, _abc.Awaitable[_coordinator_pb2.CoordinatorServiceGetPicturesResponse]]:
+        """What the analyst here sees of a run, as data to draw."""
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -3,6 +3,7 @@
 isort:skip_file
 What a training process asks of the daemon on its node."""
 
+from ckptd_api.v1 import timings_pb2 as _timings_pb2
 from ckptd_api.v1 import types_pb2 as _types_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -580,6 +581,78 @@ class ReportPaceResponse(_message.Message):
 Global___ReportPaceResponse: _TypeAlias = ReportPaceResponse  # noqa: Y015
 
 @_typing.final
+class ReportTimingsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    COMMUNICATORS_FIELD_NUMBER: _builtins.int
+    OPERATIONS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    MESH_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    rank: _builtins.int
+    operations: _builtins.bytes
+    """Rows of OPERATION: operations that ended since the last report."""
+    steps: _builtins.bytes
+    """Rows of STEP."""
+    @_builtins.property
+    def incarnation(self) -> _types_pb2.Incarnation: ...
+    @_builtins.property
+    def communicators(self) -> _containers.RepeatedCompositeFieldContainer[_timings_pb2.CommunicatorEntry]:
+        """Those not sent before to this instance of the daemon."""
+
+    @_builtins.property
+    def heartbeat(self) -> _timings_pb2.Heartbeat: ...
+    @_builtins.property
+    def coverage(self) -> _timings_pb2.Coverage: ...
+    @_builtins.property
+    def mesh(self) -> _timings_pb2.Mesh: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        incarnation: _types_pb2.Incarnation | None = ...,
+        rank: _builtins.int = ...,
+        communicators: _abc.Iterable[_timings_pb2.CommunicatorEntry] | None = ...,
+        operations: _builtins.bytes = ...,
+        steps: _builtins.bytes = ...,
+        heartbeat: _timings_pb2.Heartbeat | None = ...,
+        coverage: _timings_pb2.Coverage | None = ...,
+        mesh: _timings_pb2.Mesh | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "heartbeat", b"heartbeat", "incarnation", b"incarnation", "mesh", b"mesh"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["communicators", b"communicators", "coverage", b"coverage", "heartbeat", b"heartbeat", "incarnation", b"incarnation", "mesh", b"mesh", "operations", b"operations", "rank", b"rank", "run", b"run", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportTimingsRequest: _TypeAlias = ReportTimingsRequest  # noqa: Y015
+
+@_typing.final
+class ReportTimingsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_MISSING_COMMUNICATORS_FIELD_NUMBER: _builtins.int
+    is_missing_communicators: _builtins.bool
+    """A row of operations names a communicator that the daemon does not know: all are to be sent again."""
+    def __init__(
+        self,
+        *,
+        is_missing_communicators: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_missing_communicators", b"is_missing_communicators"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportTimingsResponse: _TypeAlias = ReportTimingsResponse  # noqa: Y015
+
+@_typing.final
 class ListCandidatesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -882,8 +955,11 @@ class LeaveRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     rank: _builtins.int
+    error: _builtins.str
+    """The exception that ended the training loop, as "Class: message"; "" when none did."""
     @_builtins.property
     def incarnation(self) -> _types_pb2.Incarnation: ...
     def __init__(
@@ -892,10 +968,11 @@ class LeaveRequest(_message.Message):
         run: _builtins.str = ...,
         incarnation: _types_pb2.Incarnation | None = ...,
         rank: _builtins.int = ...,
+        error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "rank", b"rank", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "incarnation", b"incarnation", "rank", b"rank", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -84,6 +84,11 @@ class NodeServiceStub:
                 request_serializer=ckptd__api_dot_v1_dot_node__pb2.ReportPaceRequest.SerializeToString,
                 response_deserializer=ckptd__api_dot_v1_dot_node__pb2.ReportPaceResponse.FromString,
                 _registered_method=True)
+        self.ReportTimings = channel.unary_unary(
+                '/ckptd_api.v1.NodeService/ReportTimings',
+                request_serializer=ckptd__api_dot_v1_dot_node__pb2.ReportTimingsRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_node__pb2.ReportTimingsResponse.FromString,
+                _registered_method=True)
         self.ListCandidates = channel.unary_unary(
                 '/ckptd_api.v1.NodeService/ListCandidates',
                 request_serializer=ckptd__api_dot_v1_dot_node__pb2.ListCandidatesRequest.SerializeToString,
@@ -188,6 +193,13 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportTimings(self, request, context):
+        """Timings of the rank's collectives and what it is in the middle of, each second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListCandidates(self, request, context):
         """What a restore may choose from, best first.
         """
@@ -281,6 +293,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.ReportPace,
                     request_deserializer=ckptd__api_dot_v1_dot_node__pb2.ReportPaceRequest.FromString,
                     response_serializer=ckptd__api_dot_v1_dot_node__pb2.ReportPaceResponse.SerializeToString,
+            ),
+            'ReportTimings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportTimings,
+                    request_deserializer=ckptd__api_dot_v1_dot_node__pb2.ReportTimingsRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_node__pb2.ReportTimingsResponse.SerializeToString,
             ),
             'ListCandidates': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCandidates,
@@ -583,6 +600,33 @@ class NodeService:
             '/ckptd_api.v1.NodeService/ReportPace',
             ckptd__api_dot_v1_dot_node__pb2.ReportPaceRequest.SerializeToString,
             ckptd__api_dot_v1_dot_node__pb2.ReportPaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportTimings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.NodeService/ReportTimings',
+            ckptd__api_dot_v1_dot_node__pb2.ReportTimingsRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_node__pb2.ReportTimingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,8 @@ class NodeServiceStub:
     """This rank cannot take this due step (any more): the step is dead."""
     ReportPace: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReportPaceRequest, _node_pb2.ReportPaceResponse]
     """Step time and stall, from which time-based and automatic intervals are turned into steps."""
+    ReportTimings: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReportTimingsRequest, _node_pb2.ReportTimingsResponse]
+    """Timings of the rank's collectives and what it is in the middle of, each second."""
     ListCandidates: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListCandidatesRequest, _node_pb2.ListCandidatesResponse]
     """What a restore may choose from, best first."""
     Fetch: _grpc.UnaryUnaryMultiCallable[_node_pb2.FetchRequest, _node_pb2.FetchResponse]
@@ -84,6 +86,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """This rank cannot take this due step (any more): the step is dead."""
     ReportPace: _aio.UnaryUnaryMultiCallable[_node_pb2.ReportPaceRequest, _node_pb2.ReportPaceResponse]  # type: ignore[assignment]
     """Step time and stall, from which time-based and automatic intervals are turned into steps."""
+    ReportTimings: _aio.UnaryUnaryMultiCallable[_node_pb2.ReportTimingsRequest, _node_pb2.ReportTimingsResponse]  # type: ignore[assignment]
+    """Timings of the rank's collectives and what it is in the middle of, each second."""
     ListCandidates: _aio.UnaryUnaryMultiCallable[_node_pb2.ListCandidatesRequest, _node_pb2.ListCandidatesResponse]  # type: ignore[assignment]
     """What a restore may choose from, best first."""
     Fetch: _aio.UnaryUnaryMultiCallable[_node_pb2.FetchRequest, _node_pb2.FetchResponse]  # type: ignore[assignment]
@@ -175,6 +179,14 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.ReportPaceResponse, _abc.Awaitable[_node_pb2.ReportPaceResponse]]:
         """Step time and stall, from which time-based and automatic intervals are turned into steps."""
+
+    @_abc_1.abstractmethod
+    def ReportTimings(
+        self,
+        request: _node_pb2.ReportTimingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ReportTimingsResponse, _abc.Awaitable[_node_pb2.ReportTimingsResponse]]:
+        """Timings of the rank's collectives and what it is in the middle of, each second."""
 
     @_abc_1.abstractmethod
     def ListCandidates(

@@ -22,56 +22,81 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from ckptd_api.v1 import faults_pb2 as ckptd__api_dot_v1_dot_faults__pb2
 from ckptd_api.v1 import types_pb2 as ckptd__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63kptd_api/v1/operator.proto\x12\x0c\x63kptd_api.v1\x1a\x18\x63kptd_api/v1/types.proto\"\x12\n\x10GetStatusRequest\"\x94\x01\n\nSlotStatus\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12*\n\x08snapshot\x18\x05 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06leases\x18\x07 \x01(\r\"M\n\nTierStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x12\n\nis_healthy\x18\x03 \x01(\x08\x12\x0f\n\x07problem\x18\x04 \x01(\t\"6\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\r\n\x05state\x18\x03 \x01(\t\"\xef\x02\n\tRunStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x16\n\x0eis_coordinator\x18\x05 \x01(\x08\x12,\n\nwatermarks\x18\x06 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\x12\'\n\x05ranks\x18\x07 \x03(\x0b\x32\x18.ckptd_api.v1.RankStatus\x12\r\n\x05state\x18\x08 \x01(\t\x12(\n\x06parent\x18\t \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12)\n\x06groups\x18\n \x03(\x0b\x32\x19.ckptd_api.v1.GroupStatus\x12\x17\n\x0fprotection_note\x18\x0b \x01(\t\x12\x16\n\x0eroster_version\x18\x0c \x01(\x04\"5\n\x0bGroupStatus\x12\t\n\x01k\x18\x01 \x01(\r\x12\t\n\x01m\x18\x02 \x01(\r\x12\x10\n\x08node_ids\x18\x03 \x03(\t\"\x99\x01\n\x0cParityStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x10\n\x08geometry\x18\x03 \x01(\t\x12\x0e\n\x06stripe\x18\x04 \x01(\r\x12\x0b\n\x03row\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\"\xd5\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x06\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\'\n\x05slots\x18\x07 \x03(\x0b\x32\x18.ckptd_api.v1.SlotStatus\x12%\n\x04runs\x18\x08 \x03(\x0b\x32\x17.ckptd_api.v1.RunStatus\x12\'\n\x05tiers\x18\t \x03(\x0b\x32\x18.ckptd_api.v1.TierStatus\x12\x10\n\x08problems\x18\n \x03(\t\x12\x0b\n\x03pid\x18\x0b \x01(\x03\x12\r\n\x05\x61rena\x18\x0c \x01(\t\x12*\n\x06parity\x18\r \x03(\x0b\x32\x1a.ckptd_api.v1.ParityStatus\"%\n\x16ListCheckpointsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\xcf\x01\n\rCheckpointRow\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x14\n\x0c\x63reated_at_s\x18\x07 \x01(\x01\x12(\n\x06parent\x18\x08 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\"D\n\x17ListCheckpointsResponse\x12)\n\x04rows\x18\x01 \x03(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\"2\n\x15ShowCheckpointRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"M\n\tTensorRow\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0cglobal_shape\x18\x03 \x03(\x04\x12\r\n\x05ranks\x18\x04 \x03(\r\"o\n\x16ShowCheckpointResponse\x12+\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.ckptd_api.v1.TensorRow\"8\n\rVerifyRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_step\"V\n\x07\x46inding\x12\x0e\n\x06source\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0f\n\x07problem\x18\x03 \x01(\t\"z\n\x0eVerifyResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\x16\n\x0e\x63opies_checked\x18\x03 \x01(\r\x12\'\n\x08\x66indings\x18\x04 \x03(\x0b\x32\x15.ckptd_api.v1.Finding\"B\n\x0cPruneRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tis_finish\x18\x02 \x01(\x08\x12\x12\n\nis_applied\x18\x03 \x01(\x08\"~\n\x0bPruneAction\x12\x0c\n\x04verb\x18\x01 \x01(\t\x12/\n\ncheckpoint\x18\x02 \x01(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07is_done\x18\x04 \x01(\x08\x12\x0f\n\x07problem\x18\x05 \x01(\t\";\n\rPruneResponse\x12*\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x19.ckptd_api.v1.PruneAction2\xa5\x03\n\x0fOperatorService\x12L\n\tGetStatus\x12\x1e.ckptd_api.v1.GetStatusRequest\x1a\x1f.ckptd_api.v1.GetStatusResponse\x12^\n\x0fListCheckpoints\x12$.ckptd_api.v1.ListCheckpointsRequest\x1a%.ckptd_api.v1.ListCheckpointsResponse\x12[\n\x0eShowCheckpoint\x12#.ckptd_api.v1.ShowCheckpointRequest\x1a$.ckptd_api.v1.ShowCheckpointResponse\x12\x45\n\x06Verify\x12\x1b.ckptd_api.v1.VerifyRequest\x1a\x1c.ckptd_api.v1.VerifyResponse0\x01\x12@\n\x05Prune\x12\x1a.ckptd_api.v1.PruneRequest\x1a\x1b.ckptd_api.v1.PruneResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63kptd_api/v1/operator.proto\x12\x0c\x63kptd_api.v1\x1a\x19\x63kptd_api/v1/faults.proto\x1a\x18\x63kptd_api/v1/types.proto\"\x12\n\x10GetStatusRequest\"\x94\x01\n\nSlotStatus\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12*\n\x08snapshot\x18\x05 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06leases\x18\x07 \x01(\r\"M\n\nTierStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x12\n\nis_healthy\x18\x03 \x01(\x08\x12\x0f\n\x07problem\x18\x04 \x01(\t\"6\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\r\n\x05state\x18\x03 \x01(\t\"\xff\x02\n\tRunStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x16\n\x0eis_coordinator\x18\x05 \x01(\x08\x12,\n\nwatermarks\x18\x06 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\x12\'\n\x05ranks\x18\x07 \x03(\x0b\x32\x18.ckptd_api.v1.RankStatus\x12\r\n\x05state\x18\x08 \x01(\t\x12(\n\x06parent\x18\t \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12)\n\x06groups\x18\n \x03(\x0b\x32\x19.ckptd_api.v1.GroupStatus\x12\x17\n\x0fprotection_note\x18\x0b \x01(\t\x12\x16\n\x0eroster_version\x18\x0c \x01(\x04\x12\x0e\n\x06\x66\x61ults\x18\r \x03(\t\"5\n\x0bGroupStatus\x12\t\n\x01k\x18\x01 \x01(\r\x12\t\n\x01m\x18\x02 \x01(\r\x12\x10\n\x08node_ids\x18\x03 \x03(\t\"\x99\x01\n\x0cParityStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x10\n\x08geometry\x18\x03 \x01(\t\x12\x0e\n\x06stripe\x18\x04 \x01(\r\x12\x0b\n\x03row\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\"\xd5\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x06\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\'\n\x05slots\x18\x07 \x03(\x0b\x32\x18.ckptd_api.v1.SlotStatus\x12%\n\x04runs\x18\x08 \x03(\x0b\x32\x17.ckptd_api.v1.RunStatus\x12\'\n\x05tiers\x18\t \x03(\x0b\x32\x18.ckptd_api.v1.TierStatus\x12\x10\n\x08problems\x18\n \x03(\t\x12\x0b\n\x03pid\x18\x0b \x01(\x03\x12\r\n\x05\x61rena\x18\x0c \x01(\t\x12*\n\x06parity\x18\r \x03(\x0b\x32\x1a.ckptd_api.v1.ParityStatus\"%\n\x16ListCheckpointsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\xcf\x01\n\rCheckpointRow\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x14\n\x0c\x63reated_at_s\x18\x07 \x01(\x01\x12(\n\x06parent\x18\x08 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\"D\n\x17ListCheckpointsResponse\x12)\n\x04rows\x18\x01 \x03(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\"2\n\x15ShowCheckpointRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"M\n\tTensorRow\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0cglobal_shape\x18\x03 \x03(\x04\x12\r\n\x05ranks\x18\x04 \x03(\r\"o\n\x16ShowCheckpointResponse\x12+\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.ckptd_api.v1.TensorRow\"8\n\rVerifyRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_step\"V\n\x07\x46inding\x12\x0e\n\x06source\x18\x01 \x01(\t\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0f\n\x07problem\x18\x03 \x01(\t\"z\n\x0eVerifyResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\x16\n\x0e\x63opies_checked\x18\x03 \x01(\r\x12\'\n\x08\x66indings\x18\x04 \x03(\x0b\x32\x15.ckptd_api.v1.Finding\"B\n\x0cPruneRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tis_finish\x18\x02 \x01(\x08\x12\x12\n\nis_applied\x18\x03 \x01(\x08\"~\n\x0bPruneAction\x12\x0c\n\x04verb\x18\x01 \x01(\t\x12/\n\ncheckpoint\x18\x02 \x01(\x0b\x32\x1b.ckptd_api.v1.CheckpointRow\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07is_done\x18\x04 \x01(\x08\x12\x0f\n\x07problem\x18\x05 \x01(\t\";\n\rPruneResponse\x12*\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x19.ckptd_api.v1.PruneAction\"6\n\x11ListFaultsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x14\n\x0chas_resolved\x18\x02 \x01(\x08\"i\n\x12ListFaultsResponse\x12&\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x16.ckptd_api.v1.FaultRow\x12+\n\x08\x63overage\x18\x02 \x03(\x0b\x32\x19.ckptd_api.v1.RunCoverage\"!\n\x12WatchFaultsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"j\n\x13WatchFaultsResponse\x12&\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x16.ckptd_api.v1.FaultRow\x12+\n\x08\x63overage\x18\x02 \x03(\x0b\x32\x19.ckptd_api.v1.RunCoverage\"?\n\x0cProbeRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05nodes\x18\x02 \x03(\t\x12\x13\n\x0bhas_compute\x18\x03 \x01(\x08\"\xe7\x01\n\nProbedPair\x12\t\n\x01\x61\x18\x01 \x01(\t\x12\t\n\x01\x62\x18\x02 \x01(\t\x12\"\n\x15to_a_bytes_per_second\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\"\n\x15to_b_bytes_per_second\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1f\n\x12round_trip_seconds\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x0f\n\x07problem\x18\x06 \x01(\tB\x18\n\x16_to_a_bytes_per_secondB\x18\n\x16_to_b_bytes_per_secondB\x15\n\x13_round_trip_seconds\"\x8c\x01\n\nProbedNode\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1c\n\x0fproduct_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0c\x63opy_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0f\n\x07problem\x18\x04 \x01(\tB\x12\n\x10_product_secondsB\x0f\n\r_copy_seconds\"d\n\x0cProbeVerdict\x12\r\n\x05\x62lame\x18\x01 \x01(\t\x12\r\n\x05nodes\x18\x02 \x03(\t\x12\x12\n\nis_certain\x18\x03 \x01(\x08\x12\x15\n\x08slowdown\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_slowdown\"\xdc\x01\n\x0bProbeResult\x12\'\n\x05pairs\x18\x01 \x03(\x0b\x32\x18.ckptd_api.v1.ProbedPair\x12\'\n\x05nodes\x18\x02 \x03(\x0b\x32\x18.ckptd_api.v1.ProbedNode\x12,\n\x08verdicts\x18\x03 \x03(\x0b\x32\x1a.ckptd_api.v1.ProbeVerdict\x12(\n\x08verified\x18\x04 \x03(\x0b\x32\x16.ckptd_api.v1.FaultRow\x12\x14\n\x0cnot_measured\x18\x05 \x01(\r\x12\r\n\x05notes\x18\x06 \x03(\t\"I\n\rProbeResponse\x12\r\n\x05phase\x18\x01 \x01(\t\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.ProbeResult\"!\n\x12GetPicturesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"8\n\x13GetPicturesResponse\x12\x10\n\x08pictures\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61nalyst\x18\x02 \x01(\t2\xe4\x05\n\x0fOperatorService\x12L\n\tGetStatus\x12\x1e.ckptd_api.v1.GetStatusRequest\x1a\x1f.ckptd_api.v1.GetStatusResponse\x12^\n\x0fListCheckpoints\x12$.ckptd_api.v1.ListCheckpointsRequest\x1a%.ckptd_api.v1.ListCheckpointsResponse\x12[\n\x0eShowCheckpoint\x12#.ckptd_api.v1.ShowCheckpointRequest\x1a$.ckptd_api.v1.ShowCheckpointResponse\x12\x45\n\x06Verify\x12\x1b.ckptd_api.v1.VerifyRequest\x1a\x1c.ckptd_api.v1.VerifyResponse0\x01\x12@\n\x05Prune\x12\x1a.ckptd_api.v1.PruneRequest\x1a\x1b.ckptd_api.v1.PruneResponse\x12O\n\nListFaults\x12\x1f.ckptd_api.v1.ListFaultsRequest\x1a .ckptd_api.v1.ListFaultsResponse\x12T\n\x0bWatchFaults\x12 .ckptd_api.v1.WatchFaultsRequest\x1a!.ckptd_api.v1.WatchFaultsResponse0\x01\x12R\n\x0bGetPictures\x12 .ckptd_api.v1.GetPicturesRequest\x1a!.ckptd_api.v1.GetPicturesResponse\x12\x42\n\x05Probe\x12\x1a.ckptd_api.v1.ProbeRequest\x1a\x1b.ckptd_api.v1.ProbeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ckptd_api.v1.operator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSTATUSREQUEST']._serialized_start=71
-  _globals['_GETSTATUSREQUEST']._serialized_end=89
-  _globals['_SLOTSTATUS']._serialized_start=92
-  _globals['_SLOTSTATUS']._serialized_end=240
-  _globals['_TIERSTATUS']._serialized_start=242
-  _globals['_TIERSTATUS']._serialized_end=319
-  _globals['_RANKSTATUS']._serialized_start=321
-  _globals['_RANKSTATUS']._serialized_end=375
-  _globals['_RUNSTATUS']._serialized_start=378
-  _globals['_RUNSTATUS']._serialized_end=745
-  _globals['_GROUPSTATUS']._serialized_start=747
-  _globals['_GROUPSTATUS']._serialized_end=800
-  _globals['_PARITYSTATUS']._serialized_start=803
-  _globals['_PARITYSTATUS']._serialized_end=956
-  _globals['_GETSTATUSRESPONSE']._serialized_start=959
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1300
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1302
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1339
-  _globals['_CHECKPOINTROW']._serialized_start=1342
-  _globals['_CHECKPOINTROW']._serialized_end=1549
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1551
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1619
-  _globals['_SHOWCHECKPOINTREQUEST']._serialized_start=1621
-  _globals['_SHOWCHECKPOINTREQUEST']._serialized_end=1671
-  _globals['_TENSORROW']._serialized_start=1673
-  _globals['_TENSORROW']._serialized_end=1750
-  _globals['_SHOWCHECKPOINTRESPONSE']._serialized_start=1752
-  _globals['_SHOWCHECKPOINTRESPONSE']._serialized_end=1863
-  _globals['_VERIFYREQUEST']._serialized_start=1865
-  _globals['_VERIFYREQUEST']._serialized_end=1921
-  _globals['_FINDING']._serialized_start=1923
-  _globals['_FINDING']._serialized_end=2009
-  _globals['_VERIFYRESPONSE']._serialized_start=2011
-  _globals['_VERIFYRESPONSE']._serialized_end=2133
-  _globals['_PRUNEREQUEST']._serialized_start=2135
-  _globals['_PRUNEREQUEST']._serialized_end=2201
-  _globals['_PRUNEACTION']._serialized_start=2203
-  _globals['_PRUNEACTION']._serialized_end=2329
-  _globals['_PRUNERESPONSE']._serialized_start=2331
-  _globals['_PRUNERESPONSE']._serialized_end=2390
-  _globals['_OPERATORSERVICE']._serialized_start=2393
-  _globals['_OPERATORSERVICE']._serialized_end=2814
+  _globals['_GETSTATUSREQUEST']._serialized_start=98
+  _globals['_GETSTATUSREQUEST']._serialized_end=116
+  _globals['_SLOTSTATUS']._serialized_start=119
+  _globals['_SLOTSTATUS']._serialized_end=267
+  _globals['_TIERSTATUS']._serialized_start=269
+  _globals['_TIERSTATUS']._serialized_end=346
+  _globals['_RANKSTATUS']._serialized_start=348
+  _globals['_RANKSTATUS']._serialized_end=402
+  _globals['_RUNSTATUS']._serialized_start=405
+  _globals['_RUNSTATUS']._serialized_end=788
+  _globals['_GROUPSTATUS']._serialized_start=790
+  _globals['_GROUPSTATUS']._serialized_end=843
+  _globals['_PARITYSTATUS']._serialized_start=846
+  _globals['_PARITYSTATUS']._serialized_end=999
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1002
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1343
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1345
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1382
+  _globals['_CHECKPOINTROW']._serialized_start=1385
+  _globals['_CHECKPOINTROW']._serialized_end=1592
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1594
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1662
+  _globals['_SHOWCHECKPOINTREQUEST']._serialized_start=1664
+  _globals['_SHOWCHECKPOINTREQUEST']._serialized_end=1714
+  _globals['_TENSORROW']._serialized_start=1716
+  _globals['_TENSORROW']._serialized_end=1793
+  _globals['_SHOWCHECKPOINTRESPONSE']._serialized_start=1795
+  _globals['_SHOWCHECKPOINTRESPONSE']._serialized_end=1906
+  _globals['_VERIFYREQUEST']._serialized_start=1908
+  _globals['_VERIFYREQUEST']._serialized_end=1964
+  _globals['_FINDING']._serialized_start=1966
+  _globals['_FINDING']._serialized_end=2052
+  _globals['_VERIFYRESPONSE']._serialized_start=2054
+  _globals['_VERIFYRESPONSE']._serialized_end=2176
+  _globals['_PRUNEREQUEST']._serialized_start=2178
+  _globals['_PRUNEREQUEST']._serialized_end=2244
+  _globals['_PRUNEACTION']._serialized_start=2246
+  _globals['_PRUNEACTION']._serialized_end=2372
+  _globals['_PRUNERESPONSE']._serialized_start=2374
+  _globals['_PRUNERESPONSE']._serialized_end=2433
+  _globals['_LISTFAULTSREQUEST']._serialized_start=2435
+  _globals['_LISTFAULTSREQUEST']._serialized_end=2489
+  _globals['_LISTFAULTSRESPONSE']._serialized_start=2491
+  _globals['_LISTFAULTSRESPONSE']._serialized_end=2596
+  _globals['_WATCHFAULTSREQUEST']._serialized_start=2598
+  _globals['_WATCHFAULTSREQUEST']._serialized_end=2631
+  _globals['_WATCHFAULTSRESPONSE']._serialized_start=2633
+  _globals['_WATCHFAULTSRESPONSE']._serialized_end=2739
+  _globals['_PROBEREQUEST']._serialized_start=2741
+  _globals['_PROBEREQUEST']._serialized_end=2804
+  _globals['_PROBEDPAIR']._serialized_start=2807
+  _globals['_PROBEDPAIR']._serialized_end=3038
+  _globals['_PROBEDNODE']._serialized_start=3041
+  _globals['_PROBEDNODE']._serialized_end=3181
+  _globals['_PROBEVERDICT']._serialized_start=3183
+  _globals['_PROBEVERDICT']._serialized_end=3283
+  _globals['_PROBERESULT']._serialized_start=3286
+  _globals['_PROBERESULT']._serialized_end=3506
+  _globals['_PROBERESPONSE']._serialized_start=3508
+  _globals['_PROBERESPONSE']._serialized_end=3581
+  _globals['_GETPICTURESREQUEST']._serialized_start=3583
+  _globals['_GETPICTURESREQUEST']._serialized_end=3616
+  _globals['_GETPICTURESRESPONSE']._serialized_start=3618
+  _globals['_GETPICTURESRESPONSE']._serialized_end=3674
+  _globals['_OPERATORSERVICE']._serialized_start=3677
+  _globals['_OPERATORSERVICE']._serialized_end=4417
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 isort:skip_file
 What an operator asks of a daemon: the verbs of the CLI."""
 
+from ckptd_api.v1 import faults_pb2 as _faults_pb2
 from ckptd_api.v1 import types_pb2 as _types_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -142,6 +143,7 @@ class RunStatus(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     PROTECTION_NOTE_FIELD_NUMBER: _builtins.int
     ROSTER_VERSION_FIELD_NUMBER: _builtins.int
+    FAULTS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     world_size: _builtins.int
     owner: _builtins.str
@@ -161,6 +163,10 @@ class RunStatus(_message.Message):
     def parent(self) -> _types_pb2.SnapshotId: ...
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupStatus]: ...
+    @_builtins.property
+    def faults(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Faults that last and are more than suspected, a sentence each; `ckptd faults` tells the rest."""
+
     def __init__(
         self,
         *,
@@ -176,10 +182,11 @@ class RunStatus(_message.Message):
         groups: _abc.Iterable[Global___GroupStatus] | None = ...,
         protection_note: _builtins.str = ...,
         roster_version: _builtins.int = ...,
+        faults: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "parent", b"parent", "watermarks", b"watermarks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "incarnation", b"incarnation", "is_coordinator", b"is_coordinator", "owner", b"owner", "parent", b"parent", "protection_note", b"protection_note", "ranks", b"ranks", "roster_version", b"roster_version", "run", b"run", "state", b"state", "watermarks", b"watermarks", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "groups", b"groups", "incarnation", b"incarnation", "is_coordinator", b"is_coordinator", "owner", b"owner", "parent", b"parent", "protection_note", b"protection_note", "ranks", b"ranks", "roster_version", b"roster_version", "run", b"run", "state", b"state", "watermarks", b"watermarks", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -632,3 +639,355 @@ class PruneResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PruneResponse: _TypeAlias = PruneResponse  # noqa: Y015
+
+@_typing.final
+class ListFaultsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    HAS_RESOLVED_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """"": all runs of this daemon."""
+    has_resolved: _builtins.bool
+    """Those that were resolved too."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        has_resolved: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_resolved", b"has_resolved", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFaultsRequest: _TypeAlias = ListFaultsRequest  # noqa: Y015
+
+@_typing.final
+class ListFaultsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAULTS_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def faults(self) -> _containers.RepeatedCompositeFieldContainer[_faults_pb2.FaultRow]: ...
+    @_builtins.property
+    def coverage(self) -> _containers.RepeatedCompositeFieldContainer[_faults_pb2.RunCoverage]: ...
+    def __init__(
+        self,
+        *,
+        faults: _abc.Iterable[_faults_pb2.FaultRow] | None = ...,
+        coverage: _abc.Iterable[_faults_pb2.RunCoverage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "faults", b"faults"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFaultsResponse: _TypeAlias = ListFaultsResponse  # noqa: Y015
+
+@_typing.final
+class WatchFaultsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFaultsRequest: _TypeAlias = WatchFaultsRequest  # noqa: Y015
+
+@_typing.final
+class WatchFaultsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAULTS_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def faults(self) -> _containers.RepeatedCompositeFieldContainer[_faults_pb2.FaultRow]: ...
+    @_builtins.property
+    def coverage(self) -> _containers.RepeatedCompositeFieldContainer[_faults_pb2.RunCoverage]: ...
+    def __init__(
+        self,
+        *,
+        faults: _abc.Iterable[_faults_pb2.FaultRow] | None = ...,
+        coverage: _abc.Iterable[_faults_pb2.RunCoverage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "faults", b"faults"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFaultsResponse: _TypeAlias = WatchFaultsResponse  # noqa: Y015
+
+@_typing.final
+class ProbeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    HAS_COMPUTE_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    has_compute: _builtins.bool
+    """How fast their cores are, too."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """By node_id; none: all of the run."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        has_compute: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_compute", b"has_compute", "nodes", b"nodes", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeRequest: _TypeAlias = ProbeRequest  # noqa: Y015
+
+@_typing.final
+class ProbedPair(_message.Message):
+    """Two nodes and what was measured between them; a figure is absent when it is not known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    A_FIELD_NUMBER: _builtins.int
+    B_FIELD_NUMBER: _builtins.int
+    TO_A_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TO_B_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    a: _builtins.str
+    b: _builtins.str
+    to_a_bytes_per_second: _builtins.float
+    to_b_bytes_per_second: _builtins.float
+    round_trip_seconds: _builtins.float
+    """The slower of both ways."""
+    problem: _builtins.str
+    """Why it failed, "" otherwise."""
+    def __init__(
+        self,
+        *,
+        a: _builtins.str = ...,
+        b: _builtins.str = ...,
+        to_a_bytes_per_second: _builtins.float | None = ...,
+        to_b_bytes_per_second: _builtins.float | None = ...,
+        round_trip_seconds: _builtins.float | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_round_trip_seconds", b"_round_trip_seconds", "_to_a_bytes_per_second", b"_to_a_bytes_per_second", "_to_b_bytes_per_second", b"_to_b_bytes_per_second", "round_trip_seconds", b"round_trip_seconds", "to_a_bytes_per_second", b"to_a_bytes_per_second", "to_b_bytes_per_second", b"to_b_bytes_per_second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_round_trip_seconds", b"_round_trip_seconds", "_to_a_bytes_per_second", b"_to_a_bytes_per_second", "_to_b_bytes_per_second", b"_to_b_bytes_per_second", "a", b"a", "b", b"b", "problem", b"problem", "round_trip_seconds", b"round_trip_seconds", "to_a_bytes_per_second", b"to_a_bytes_per_second", "to_b_bytes_per_second", b"to_b_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__round_trip_seconds: _TypeAlias = _typing.Literal["round_trip_seconds"]  # noqa: Y015
+    _WhichOneofArgType__round_trip_seconds: _TypeAlias = _typing.Literal["_round_trip_seconds", b"_round_trip_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__to_a_bytes_per_second: _TypeAlias = _typing.Literal["to_a_bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__to_a_bytes_per_second: _TypeAlias = _typing.Literal["_to_a_bytes_per_second", b"_to_a_bytes_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__to_b_bytes_per_second: _TypeAlias = _typing.Literal["to_b_bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__to_b_bytes_per_second: _TypeAlias = _typing.Literal["_to_b_bytes_per_second", b"_to_b_bytes_per_second"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round_trip_seconds) -> _WhichOneofReturnType__round_trip_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to_a_bytes_per_second) -> _WhichOneofReturnType__to_a_bytes_per_second | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to_b_bytes_per_second) -> _WhichOneofReturnType__to_b_bytes_per_second | None: ...
+
+Global___ProbedPair: _TypeAlias = ProbedPair  # noqa: Y015
+
+@_typing.final
+class ProbedNode(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    PRODUCT_SECONDS_FIELD_NUMBER: _builtins.int
+    COPY_SECONDS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    product_seconds: _builtins.float
+    copy_seconds: _builtins.float
+    problem: _builtins.str
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        product_seconds: _builtins.float | None = ...,
+        copy_seconds: _builtins.float | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_copy_seconds", b"_copy_seconds", "_product_seconds", b"_product_seconds", "copy_seconds", b"copy_seconds", "product_seconds", b"product_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_copy_seconds", b"_copy_seconds", "_product_seconds", b"_product_seconds", "copy_seconds", b"copy_seconds", "node_id", b"node_id", "problem", b"problem", "product_seconds", b"product_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__copy_seconds: _TypeAlias = _typing.Literal["copy_seconds"]  # noqa: Y015
+    _WhichOneofArgType__copy_seconds: _TypeAlias = _typing.Literal["_copy_seconds", b"_copy_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__product_seconds: _TypeAlias = _typing.Literal["product_seconds"]  # noqa: Y015
+    _WhichOneofArgType__product_seconds: _TypeAlias = _typing.Literal["_product_seconds", b"_product_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__copy_seconds) -> _WhichOneofReturnType__copy_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__product_seconds) -> _WhichOneofReturnType__product_seconds | None: ...
+
+Global___ProbedNode: _TypeAlias = ProbedNode  # noqa: Y015
+
+@_typing.final
+class ProbeVerdict(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLAME_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    IS_CERTAIN_FIELD_NUMBER: _builtins.int
+    SLOWDOWN_FIELD_NUMBER: _builtins.int
+    blame: _builtins.str
+    """"node" or "link": of the network; "compute"."""
+    is_certain: _builtins.bool
+    """False where what was measured leaves it open whether it is the link or one of its ends."""
+    slowdown: _builtins.float
+    """Against the median of the nodes; absent when it cannot be reached."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The node, or the ends of the link."""
+
+    def __init__(
+        self,
+        *,
+        blame: _builtins.str = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        is_certain: _builtins.bool = ...,
+        slowdown: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slowdown", b"_slowdown", "slowdown", b"slowdown"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slowdown", b"_slowdown", "blame", b"blame", "is_certain", b"is_certain", "nodes", b"nodes", "slowdown", b"slowdown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__slowdown: _TypeAlias = _typing.Literal["slowdown"]  # noqa: Y015
+    _WhichOneofArgType__slowdown: _TypeAlias = _typing.Literal["_slowdown", b"_slowdown"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slowdown) -> _WhichOneofReturnType__slowdown | None: ...
+
+Global___ProbeVerdict: _TypeAlias = ProbeVerdict  # noqa: Y015
+
+@_typing.final
+class ProbeResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAIRS_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    VERDICTS_FIELD_NUMBER: _builtins.int
+    VERIFIED_FIELD_NUMBER: _builtins.int
+    NOT_MEASURED_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    not_measured: _builtins.int
+    """Pairs and nodes that there was no time to measure."""
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbedPair]: ...
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbedNode]: ...
+    @_builtins.property
+    def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbeVerdict]: ...
+    @_builtins.property
+    def verified(self) -> _containers.RepeatedCompositeFieldContainer[_faults_pb2.FaultRow]:
+        """Open faults that this has verified."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What else to know, e.g. that the analyst could not be told."""
+
+    def __init__(
+        self,
+        *,
+        pairs: _abc.Iterable[Global___ProbedPair] | None = ...,
+        nodes: _abc.Iterable[Global___ProbedNode] | None = ...,
+        verdicts: _abc.Iterable[Global___ProbeVerdict] | None = ...,
+        verified: _abc.Iterable[_faults_pb2.FaultRow] | None = ...,
+        not_measured: _builtins.int = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "not_measured", b"not_measured", "notes", b"notes", "pairs", b"pairs", "verdicts", b"verdicts", "verified", b"verified"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeResult: _TypeAlias = ProbeResult  # noqa: Y015
+
+@_typing.final
+class ProbeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    phase: _builtins.str
+    """What begins."""
+    @_builtins.property
+    def result(self) -> Global___ProbeResult: ...
+    def __init__(
+        self,
+        *,
+        phase: _builtins.str = ...,
+        result: Global___ProbeResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["phase", b"phase", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeResponse: _TypeAlias = ProbeResponse  # noqa: Y015
+
+@_typing.final
+class GetPicturesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """"": the only run of this daemon."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPicturesRequest: _TypeAlias = GetPicturesRequest  # noqa: Y015
+
+@_typing.final
+class GetPicturesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PICTURES_FIELD_NUMBER: _builtins.int
+    ANALYST_FIELD_NUMBER: _builtins.int
+    pictures: _builtins.bytes
+    """JSON: ckptd.detect.pictures."""
+    analyst: _builtins.str
+    """node_id of the analyst."""
+    def __init__(
+        self,
+        *,
+        pictures: _builtins.bytes = ...,
+        analyst: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analyst", b"analyst", "pictures", b"pictures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPicturesResponse: _TypeAlias = GetPicturesResponse  # noqa: Y015

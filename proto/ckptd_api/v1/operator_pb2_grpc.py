@@ -59,6 +59,26 @@ class OperatorServiceStub:
                 request_serializer=ckptd__api_dot_v1_dot_operator__pb2.PruneRequest.SerializeToString,
                 response_deserializer=ckptd__api_dot_v1_dot_operator__pb2.PruneResponse.FromString,
                 _registered_method=True)
+        self.ListFaults = channel.unary_unary(
+                '/ckptd_api.v1.OperatorService/ListFaults',
+                request_serializer=ckptd__api_dot_v1_dot_operator__pb2.ListFaultsRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_operator__pb2.ListFaultsResponse.FromString,
+                _registered_method=True)
+        self.WatchFaults = channel.unary_stream(
+                '/ckptd_api.v1.OperatorService/WatchFaults',
+                request_serializer=ckptd__api_dot_v1_dot_operator__pb2.WatchFaultsRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_operator__pb2.WatchFaultsResponse.FromString,
+                _registered_method=True)
+        self.GetPictures = channel.unary_unary(
+                '/ckptd_api.v1.OperatorService/GetPictures',
+                request_serializer=ckptd__api_dot_v1_dot_operator__pb2.GetPicturesRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_operator__pb2.GetPicturesResponse.FromString,
+                _registered_method=True)
+        self.Probe = channel.unary_stream(
+                '/ckptd_api.v1.OperatorService/Probe',
+                request_serializer=ckptd__api_dot_v1_dot_operator__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_operator__pb2.ProbeResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -97,6 +117,34 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListFaults(self, request, context):
+        """The faults of a run, or of all runs, as they are now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchFaults(self, request, context):
+        """The same as a stream: an answer at once, and another whenever they change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPictures(self, request, context):
+        """What the analyst of a run sees, as data to draw.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
+        """Measures the nodes of a run against each other. An answer when something begins; the last one has the result.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +172,26 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.Prune,
                     request_deserializer=ckptd__api_dot_v1_dot_operator__pb2.PruneRequest.FromString,
                     response_serializer=ckptd__api_dot_v1_dot_operator__pb2.PruneResponse.SerializeToString,
+            ),
+            'ListFaults': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFaults,
+                    request_deserializer=ckptd__api_dot_v1_dot_operator__pb2.ListFaultsRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_operator__pb2.ListFaultsResponse.SerializeToString,
+            ),
+            'WatchFaults': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchFaults,
+                    request_deserializer=ckptd__api_dot_v1_dot_operator__pb2.WatchFaultsRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_operator__pb2.WatchFaultsResponse.SerializeToString,
+            ),
+            'GetPictures': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPictures,
+                    request_deserializer=ckptd__api_dot_v1_dot_operator__pb2.GetPicturesRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_operator__pb2.GetPicturesResponse.SerializeToString,
+            ),
+            'Probe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=ckptd__api_dot_v1_dot_operator__pb2.ProbeRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_operator__pb2.ProbeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -261,6 +329,114 @@ class OperatorService:
             '/ckptd_api.v1.OperatorService/Prune',
             ckptd__api_dot_v1_dot_operator__pb2.PruneRequest.SerializeToString,
             ckptd__api_dot_v1_dot_operator__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFaults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.OperatorService/ListFaults',
+            ckptd__api_dot_v1_dot_operator__pb2.ListFaultsRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_operator__pb2.ListFaultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchFaults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ckptd_api.v1.OperatorService/WatchFaults',
+            ckptd__api_dot_v1_dot_operator__pb2.WatchFaultsRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_operator__pb2.WatchFaultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPictures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.OperatorService/GetPictures',
+            ckptd__api_dot_v1_dot_operator__pb2.GetPicturesRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_operator__pb2.GetPicturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ckptd_api.v1.OperatorService/Probe',
+            ckptd__api_dot_v1_dot_operator__pb2.ProbeRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_operator__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,14 @@ class OperatorServiceStub:
     """Re-reads every copy and checks every block."""
     Prune: _grpc.UnaryUnaryMultiCallable[_operator_pb2.PruneRequest, _operator_pb2.PruneResponse]
     """Deletes by the retention rule of each tier, or (is_finish) completes interrupted commits. Without is_applied: plan only."""
+    ListFaults: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ListFaultsRequest, _operator_pb2.ListFaultsResponse]
+    """The faults of a run, or of all runs, as they are now."""
+    WatchFaults: _grpc.UnaryStreamMultiCallable[_operator_pb2.WatchFaultsRequest, _operator_pb2.WatchFaultsResponse]
+    """The same as a stream: an answer at once, and another whenever they change."""
+    GetPictures: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetPicturesRequest, _operator_pb2.GetPicturesResponse]
+    """What the analyst of a run sees, as data to draw."""
+    Probe: _grpc.UnaryStreamMultiCallable[_operator_pb2.ProbeRequest, _operator_pb2.ProbeResponse]
+    """Measures the nodes of a run against each other. An answer when something begins; the last one has the result."""
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -51,6 +59,14 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """Re-reads every copy and checks every block."""
     Prune: _aio.UnaryUnaryMultiCallable[_operator_pb2.PruneRequest, _operator_pb2.PruneResponse]  # type: ignore[assignment]
     """Deletes by the retention rule of each tier, or (is_finish) completes interrupted commits. Without is_applied: plan only."""
+    ListFaults: _aio.UnaryUnaryMultiCallable[_operator_pb2.ListFaultsRequest, _operator_pb2.ListFaultsResponse]  # type: ignore[assignment]
+    """The faults of a run, or of all runs, as they are now."""
+    WatchFaults: _aio.UnaryStreamMultiCallable[_operator_pb2.WatchFaultsRequest, _operator_pb2.WatchFaultsResponse]  # type: ignore[assignment]
+    """The same as a stream: an answer at once, and another whenever they change."""
+    GetPictures: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetPicturesRequest, _operator_pb2.GetPicturesResponse]  # type: ignore[assignment]
+    """What the analyst of a run sees, as data to draw."""
+    Probe: _aio.UnaryStreamMultiCallable[_operator_pb2.ProbeRequest, _operator_pb2.ProbeResponse]  # type: ignore[assignment]
+    """Measures the nodes of a run against each other. An answer when something begins; the last one has the result."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -90,5 +106,37 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.PruneResponse, _abc.Awaitable[_operator_pb2.PruneResponse]]:
         """Deletes by the retention rule of each tier, or (is_finish) completes interrupted commits. Without is_applied: plan only."""
+
+    @_abc_1.abstractmethod
+    def ListFaults(
+        self,
+        request: _operator_pb2.ListFaultsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.ListFaultsResponse, _abc.Awaitable[_operator_pb2.ListFaultsResponse]]:
+        """The faults of a run, or of all runs, as they are now."""
+
+    @_abc_1.abstractmethod
+    def WatchFaults(
+        self,
+        request: _operator_pb2.WatchFaultsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_operator_pb2.WatchFaultsResponse], _abc.AsyncIterator[_operator_pb2.WatchFaultsResponse]]:
+        """The same as a stream: an answer at once, and another whenever they change."""
+
+    @_abc_1.abstractmethod
+    def GetPictures(
+        self,
+        request: _operator_pb2.GetPicturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.GetPicturesResponse, _abc.Awaitable[_operator_pb2.GetPicturesResponse]]:
+        """What the analyst of a run sees, as data to draw."""
+
+    @_abc_1.abstractmethod
+    def Probe(
+        self,
+        request: _operator_pb2.ProbeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_operator_pb2.ProbeResponse], _abc.AsyncIterator[_operator_pb2.ProbeResponse]]:
+        """Measures the nodes of a run against each other. An answer when something begins; the last one has the result."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -64,6 +64,21 @@ class PeerServiceStub:
                 request_serializer=ckptd__api_dot_v1_dot_peers__pb2.RecordDecisionRequest.SerializeToString,
                 response_deserializer=ckptd__api_dot_v1_dot_peers__pb2.RecordDecisionResponse.FromString,
                 _registered_method=True)
+        self.Echo = channel.unary_stream(
+                '/ckptd_api.v1.PeerService/Echo',
+                request_serializer=ckptd__api_dot_v1_dot_peers__pb2.EchoRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_peers__pb2.EchoResponse.FromString,
+                _registered_method=True)
+        self.MeasureLink = channel.unary_unary(
+                '/ckptd_api.v1.PeerService/MeasureLink',
+                request_serializer=ckptd__api_dot_v1_dot_peers__pb2.MeasureLinkRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_peers__pb2.MeasureLinkResponse.FromString,
+                _registered_method=True)
+        self.MeasureCompute = channel.unary_unary(
+                '/ckptd_api.v1.PeerService/MeasureCompute',
+                request_serializer=ckptd__api_dot_v1_dot_peers__pb2.MeasureComputeRequest.SerializeToString,
+                response_deserializer=ckptd__api_dot_v1_dot_peers__pb2.MeasureComputeResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServiceServicer:
@@ -111,6 +126,27 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Echo(self, request, context):
+        """As many bytes as asked for, that mean nothing: whoever asks takes the time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureLink(self, request, context):
+        """How bytes come from another node of the run to this one, measured now by Echo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureCompute(self, request, context):
+        """How fast a core of this node is, measured now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +179,21 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.RecordDecision,
                     request_deserializer=ckptd__api_dot_v1_dot_peers__pb2.RecordDecisionRequest.FromString,
                     response_serializer=ckptd__api_dot_v1_dot_peers__pb2.RecordDecisionResponse.SerializeToString,
+            ),
+            'Echo': grpc.unary_stream_rpc_method_handler(
+                    servicer.Echo,
+                    request_deserializer=ckptd__api_dot_v1_dot_peers__pb2.EchoRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_peers__pb2.EchoResponse.SerializeToString,
+            ),
+            'MeasureLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureLink,
+                    request_deserializer=ckptd__api_dot_v1_dot_peers__pb2.MeasureLinkRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_peers__pb2.MeasureLinkResponse.SerializeToString,
+            ),
+            'MeasureCompute': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureCompute,
+                    request_deserializer=ckptd__api_dot_v1_dot_peers__pb2.MeasureComputeRequest.FromString,
+                    response_serializer=ckptd__api_dot_v1_dot_peers__pb2.MeasureComputeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +358,87 @@ class PeerService:
             '/ckptd_api.v1.PeerService/RecordDecision',
             ckptd__api_dot_v1_dot_peers__pb2.RecordDecisionRequest.SerializeToString,
             ckptd__api_dot_v1_dot_peers__pb2.RecordDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Echo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ckptd_api.v1.PeerService/Echo',
+            ckptd__api_dot_v1_dot_peers__pb2.EchoRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_peers__pb2.EchoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.PeerService/MeasureLink',
+            ckptd__api_dot_v1_dot_peers__pb2.MeasureLinkRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_peers__pb2.MeasureLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureCompute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptd_api.v1.PeerService/MeasureCompute',
+            ckptd__api_dot_v1_dot_peers__pb2.MeasureComputeRequest.SerializeToString,
+            ckptd__api_dot_v1_dot_peers__pb2.MeasureComputeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,12 @@ class PeerServiceStub:
     """Which daemons hold what of a snapshot: asked of the coordinator, which asked all of them."""
     RecordDecision: _grpc.UnaryUnaryMultiCallable[_peers_pb2.RecordDecisionRequest, _peers_pb2.RecordDecisionResponse]
     """What an incarnation restores: recorded by every daemon before any rank applies it. Idempotent."""
+    Echo: _grpc.UnaryStreamMultiCallable[_peers_pb2.EchoRequest, _peers_pb2.EchoResponse]
+    """As many bytes as asked for, that mean nothing: whoever asks takes the time."""
+    MeasureLink: _grpc.UnaryUnaryMultiCallable[_peers_pb2.MeasureLinkRequest, _peers_pb2.MeasureLinkResponse]
+    """How bytes come from another node of the run to this one, measured now by Echo."""
+    MeasureCompute: _grpc.UnaryUnaryMultiCallable[_peers_pb2.MeasureComputeRequest, _peers_pb2.MeasureComputeResponse]
+    """How fast a core of this node is, measured now."""
 
 @_typing.type_check_only
 class PeerServiceAsyncStub(PeerServiceStub):
@@ -59,6 +65,12 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """Which daemons hold what of a snapshot: asked of the coordinator, which asked all of them."""
     RecordDecision: _aio.UnaryUnaryMultiCallable[_peers_pb2.RecordDecisionRequest, _peers_pb2.RecordDecisionResponse]  # type: ignore[assignment]
     """What an incarnation restores: recorded by every daemon before any rank applies it. Idempotent."""
+    Echo: _aio.UnaryStreamMultiCallable[_peers_pb2.EchoRequest, _peers_pb2.EchoResponse]  # type: ignore[assignment]
+    """As many bytes as asked for, that mean nothing: whoever asks takes the time."""
+    MeasureLink: _aio.UnaryUnaryMultiCallable[_peers_pb2.MeasureLinkRequest, _peers_pb2.MeasureLinkResponse]  # type: ignore[assignment]
+    """How bytes come from another node of the run to this one, measured now by Echo."""
+    MeasureCompute: _aio.UnaryUnaryMultiCallable[_peers_pb2.MeasureComputeRequest, _peers_pb2.MeasureComputeResponse]  # type: ignore[assignment]
+    """How fast a core of this node is, measured now."""
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -108,5 +120,29 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peers_pb2.RecordDecisionResponse, _abc.Awaitable[_peers_pb2.RecordDecisionResponse]]:
         """What an incarnation restores: recorded by every daemon before any rank applies it. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def Echo(
+        self,
+        request: _peers_pb2.EchoRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_peers_pb2.EchoResponse], _abc.AsyncIterator[_peers_pb2.EchoResponse]]:
+        """As many bytes as asked for, that mean nothing: whoever asks takes the time."""
+
+    @_abc_1.abstractmethod
+    def MeasureLink(
+        self,
+        request: _peers_pb2.MeasureLinkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peers_pb2.MeasureLinkResponse, _abc.Awaitable[_peers_pb2.MeasureLinkResponse]]:
+        """How bytes come from another node of the run to this one, measured now by Echo."""
+
+    @_abc_1.abstractmethod
+    def MeasureCompute(
+        self,
+        request: _peers_pb2.MeasureComputeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peers_pb2.MeasureComputeResponse, _abc.Awaitable[_peers_pb2.MeasureComputeResponse]]:
+        """How fast a core of this node is, measured now."""
 
 def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,1 @@
+"""From timings of collectives to faults. Pure: no clock, no socket, no file; layer beside ``erasure``."""
