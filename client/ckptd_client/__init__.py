@@ -8,6 +8,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from ckptd_client.checkpointer import Checkpointer
 from ckptd_client.snapshot import Restored, Snapshot
+from ckptd_client.timing import Watch, watch
 from ckptd_client.zarr import open_zarr
 
-__all__ = ["Checkpointer", "Restored", "Snapshot", "open_zarr"]
+__all__ = ["Checkpointer", "Restored", "Snapshot", "Watch", "open_zarr", "watch"]

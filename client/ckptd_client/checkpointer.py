@@ -28,6 +28,7 @@ from ckptd.errors import (
     StepDead,
     StepRepeated,
 )
+from ckptd.format.timings import Mask
 from ckptd.format.tree import encode_tree
 from ckptd.model import Roster
 from ckptd_api.v1 import types_pb2
@@ -44,6 +45,7 @@ from ckptd_client.plan import Plan, plan_key
 from ckptd_client.restoring import Restoration, refuse
 from ckptd_client.snapshot import Restored, Snapshot
 from ckptd_client.state import FenceClass, Leaf, StateWalker, capture_rng, encode_torch, optimizers_in
+from ckptd_client.timing import checkpointer_timing
 
 JOIN_S: Final = 10.0
 CLOSE_S: Final = 30.0
@@ -67,7 +69,9 @@ class Checkpointer:
             nodes, else 2) or "off"; rank 0's counts, capped by the daemons' --protect-max. One node alone has none.
         fenced: {name: tensors} that the caller's own code mutates (EMA weights): copied lazily, and the caller calls
             ``fence()`` before mutating them.
-        timing: collect timings of collectives. Not in use yet.
+        timing: time collectives and steps, so that the daemons can tell a slow or stuck rank from its victims;
+            ``timing.masked("evaluation")`` is a context for steps that are not like the others. The first
+            CKPTD_WARM_UP_STEPS (20) steps count as such by themselves.
         shadow: device memory that may be used so that a fence need not wait: "auto", bytes, 0. Not in use yet.
         on_error: "warn" logs what went wrong with a save; "raise" raises it from ``save()`` and ``step()``.
 
@@ -126,7 +130,9 @@ class Checkpointer:
         self._engine = CaptureEngine(self._link, device)
         self._hooks = OptimizerHooks(self._fence)
         self._hooks.attach(optimizers_in(state))
+        self.timing = checkpointer_timing(self._run, is_on=timing)
         self._link.start()
+        self.timing.report(self._link, [leaf.outer for leaf in leaves])
         if problem := self._link.wait_joined(JOIN_S):
             log.warning("training goes on without snapshots: %s", problem)
 
@@ -136,11 +142,13 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._link.note_failure(error)
         self.close()
 
     # --- saving --------------------------------------------------------------------------------------------------
     def step(self, step: int) -> Snapshot | None:
         """Say that optimizer step ``step`` is done; the snapshot when the schedule has one due, else None."""
+        self.timing.mark(step)
         self._note_pace(step)
         return self.save(step) if self._pending.schedule.is_due(step) else None
 
@@ -151,25 +159,9 @@ class Checkpointer:
         if newest is not None and step == newest.step and not (persist and not newest.is_persisted):
             return newest
         snapshot = Snapshot(step)
-        started = time.monotonic()
-        try:
-            capture = self._capture(snapshot, persist)
-        except CkptdError as error:
-            self._skip(snapshot, error)
-            if self._on_error == "raise":
-                raise
-        except Exception as error:  # whatever a state_dict() raises must not stop the training
-            problem = StepDead(f"the state cannot be captured: {type(error).__name__}: {error}")
-            self._skip(snapshot, problem)
-            if self._on_error == "raise":
-                raise problem from error
-        else:
-            capture.stall_s = time.monotonic() - started
-            self._last_skip = None
-            self._report_stall(step)
-            self._measured = capture
-            self._newest = snapshot
-            self._engine.submit(capture)
+        self.timing.mark(step)
+        with self.timing.masked("checkpoint"):  # of the step that begins here
+            self._begin(snapshot, persist)
         return snapshot
 
     def fence(self) -> None:
@@ -192,6 +184,22 @@ class Checkpointer:
             raise InvalidRequest(
                 "restore() after a save", "restore before the first save, or make a new Checkpointer to go back"
             )
+        with self.timing.masked("checkpoint"):
+            return self._restore(step, source)
+
+    def close(self) -> None:
+        """Finish the capture under way and leave the run; the daemon goes on draining what is staged."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._engine.close(CLOSE_S)
+        self._hooks.detach()
+        self.timing.close()
+        self._link.close(CLOSE_S)
+        self._pending.close(DaemonUnreachable("the Checkpointer was closed before this was known", ""))
+
+    # --- inside --------------------------------------------------------------------------------------------------
+    def _restore(self, step: int | None, source: str | None) -> Restored | None:
         self._restores += 1  # first, so that ranks that fail below stay in step with those that do not
         if problem := self._link.wait_joined(JOIN_S):
             undecided = RestoreUndecided(f"no answer from the daemon: {problem.message}")
@@ -208,17 +216,27 @@ class Checkpointer:
             log.info("restored %s", restored)
         return restored
 
-    def close(self) -> None:
-        """Finish the capture under way and leave the run; the daemon goes on draining what is staged."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._engine.close(CLOSE_S)
-        self._hooks.detach()
-        self._link.close(CLOSE_S)
-        self._pending.close(DaemonUnreachable("the Checkpointer was closed before this was known", ""))
+    def _begin(self, snapshot: Snapshot, persist: bool) -> None:
+        started = time.monotonic()
+        try:
+            capture = self._capture(snapshot, persist)
+        except CkptdError as error:
+            self._skip(snapshot, error)
+            if self._on_error == "raise":
+                raise
+        except Exception as error:  # whatever a state_dict() raises must not stop the training
+            problem = StepDead(f"the state cannot be captured: {type(error).__name__}: {error}")
+            self._skip(snapshot, problem)
+            if self._on_error == "raise":
+                raise problem from error
+        else:
+            capture.stall_s = time.monotonic() - started
+            self._last_skip = None
+            self._report_stall(snapshot.step)
+            self._measured = capture
+            self._newest = snapshot
+            self._engine.submit(capture)
 
-    # --- inside --------------------------------------------------------------------------------------------------
     def _capture(self, snapshot: Snapshot, persist: bool) -> Capture:
         """Everything save() does on the training thread: walk, check the plan, clone the rest, encode the tree."""
         step = snapshot.step
@@ -279,8 +297,12 @@ class Checkpointer:
         capture = self._engine.current
         if capture is None:
             return
+        stalled_s = capture.stall_s
         try:
-            capture.fence(optimizer)
+            with self.timing.during(Mask.CHECKPOINT):
+                capture.fence(optimizer)
+            if capture.stall_s > stalled_s:
+                self.timing.flag(Mask.CHECKPOINT)
         except Exception as error:  # in the middle of optimizer.step(): nothing of ours may stop it
             log.warning("fence", exc_info=True)
             capture.fail(StepDead(f"fence: {type(error).__name__}: {error}"))

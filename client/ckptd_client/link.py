@@ -5,16 +5,22 @@ reached is retried with backoff for ever; the training loop learns of it only as
 from the first meeting on and with or without a daemon, takes later versions of the roster and tells the daemon of them;
 on rank 0 it also publishes them. It is a thread of its own because a store that is slow to answer must not look like a
 daemon that fell silent.
+
+A program that ends without ``close()`` says goodbye too, with the exception that ended it; one that is killed does not.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import os
 import random
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from types import TracebackType
 from typing import Final
 
 from ckptd.errors import CkptdError, DaemonUnreachable, RendezvousTimeout
@@ -36,6 +42,9 @@ _SILENCE_S: Final = 5.0
 _JITTER: Final = 0.2
 _RETRY_S: Final = 0.2
 _LOUD: Final = 3
+EXIT_S: Final = 1.5
+# For the goodbye to a daemon that did not answer before.
+_LAST_TRY_S: Final = 1.0
 log = logging.getLogger("ckptd_client")
 
 
@@ -64,6 +73,7 @@ class Link:
         self.about: node_pb2.DescribeResponse = node_pb2.DescribeResponse()
         self.problem: CkptdError | None = DaemonUnreachable("not connected yet", "")
         self.failures = 0
+        self.failure = ""  # what ended the training loop, when it was an exception
         self._every = every
         self._persist_every = persist_every
         self._protect = protect
@@ -78,11 +88,18 @@ class Link:
         self._changed = threading.Condition()
         self._look_now = threading.Event()
         self._stop = meeting.stop
+        self._pid = os.getpid()
+        self._has_left = False
+        self._hook_before = sys.excepthook
         self._thread = threading.Thread(target=self._run, name="ckptd-link", daemon=True)
         self._roster_thread = threading.Thread(target=self._follow, name="ckptd-roster", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+        self._hook_before, sys.excepthook = sys.excepthook, self._note_uncaught
+        # A process of multiprocessing ends alike whether its work failed or not: its silence must be told as a death.
+        if multiprocessing.parent_process() is None:
+            atexit.register(self._leave_at_exit)
 
     @property
     def rank(self) -> int:
@@ -115,22 +132,49 @@ class Link:
         """A call was not answered: saves are skipped at once, until the daemon is heard of again."""
         self._set(error)
 
+    def note_failure(self, error: BaseException | None) -> None:
+        """``error`` is what ends the training loop; the goodbye tells it. An exit that was asked for is no failure."""
+        if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
+            self.failure = f"{type(error).__name__}: {error}"
+
     def close(self, timeout_s: float) -> None:
         """Say goodbye and stop; the daemon goes on with what is staged."""
-        self._stop.set()
-        self._look_now.set()
-        with self._changed:
-            self._changed.notify_all()
-        if self.membership is not None and self.problem is None:
-            request = node_pb2.LeaveRequest(run=self.run, incarnation=self.incarnation, rank=self.rank)
-            try:
-                self.daemon.call("Leave", request, timeout_s)
-            except CkptdError as error:
-                log.warning("leaving without a goodbye: %s", error.message)
+        atexit.unregister(self._leave_at_exit)
+        if sys.excepthook == self._note_uncaught:  # else another hook calls it, and goes on to the one before
+            sys.excepthook = self._hook_before
+        self._leave(timeout_s)
         self.daemon.close()
         self._thread.join(timeout_s)
         if self._roster_thread.is_alive():
             self._roster_thread.join(timeout_s)
+
+    def _leave(self, timeout_s: float) -> None:
+        """Say goodbye, once; not from a process that was forked off."""
+        if self._has_left or os.getpid() != self._pid:
+            return
+        self._has_left = True
+        self._stop.set()
+        self._look_now.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self.membership is None or self.membership.ordinal is None:
+            return  # no daemon knows of this rank
+        request = node_pb2.LeaveRequest(run=self.run, incarnation=self.incarnation, rank=self.rank, error=self.failure)
+        try:
+            self.daemon.call("Leave", request, timeout_s if self.problem is None else min(timeout_s, _LAST_TRY_S))
+        except CkptdError as error:
+            log.warning("leaving without a goodbye: %s", error.message)
+
+    def _leave_at_exit(self) -> None:
+        try:
+            self._leave(EXIT_S)
+        except Exception as error:  # noqa: BLE001  at the end of the program: nothing depends on it
+            log.debug("leaving without a goodbye: %s", error)
+
+    def _note_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not hasattr(sys, "ps1"):  # at a prompt the program goes on
+            self.note_failure(error)
+        self._hook_before(kind, error, trace)
 
     # --- the link's thread -----------------------------------------------------------------------------------------
     def _run(self) -> None:
@@ -228,6 +272,8 @@ class Link:
 
     def _call_join(self) -> node_pb2.JoinResponse:
         with self._joining:  # both threads call it, and an older roster must not arrive after a newer one
+            if self._stop.is_set():
+                raise DaemonUnreachable("the goodbye was said: nobody joins after it", "")
             known = self.membership
             assert known is not None
             request = node_pb2.JoinRequest(
