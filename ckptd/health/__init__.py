@@ -1,0 +1,1 @@
+"""How the node itself is: samples of the operating system and of devices. Layer beside ``restore``."""
