@@ -180,7 +180,16 @@ class Settings(BaseSettings):
     tls_key: Path | None = Field(None, description="private key of the certificate, PEM")
     tls_ca: Path | None = Field(None, description="authority that signs the certificates of peers and trainers, PEM")
     insecure: bool = Field(False, description="no TLS: for a --listen on a loopback address only")
-    on_fault: str | None = Field(None, description="command run on a fault (not in use yet: nothing judges faults)")
+    on_fault: str | None = Field(
+        None,
+        description="command that the analyst of a run has the shell run on a fault, the fault as JSON on its standard "
+        "input; one node an hour and 2 % of a run's nodes at most",
+    )
+    on_fault_level: Literal["suspect", "confirmed", "verified"] = Field(
+        "verified",
+        description="least confidence of a fault for which --on-fault runs",
+        json_schema_extra={"flag": ""},
+    )
     drain_deadline_s: float = Field(60.0, ge=0, description="how long drains may take to finish after SIGTERM, seconds")
     stage_deadline_s: float = Field(60.0, gt=0, description="a begun step not staged by then is dead, seconds")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")

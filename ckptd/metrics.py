@@ -98,6 +98,23 @@ class Metrics:
             ["run", "source"],
             _BULK_BUCKETS,
         )
+        self.fault = self._gauge(
+            "ckptd_fault",
+            "1 for each fault that lasts, by kind, node and confidence; on the daemon that judges the run.",
+            ["run", "kind", "node", "confidence"],
+        )
+        self.faults_total = self._counter(
+            "ckptd_faults", "Faults found, once each, by kind; on the daemon that judges the run.", ["run", "kind"]
+        )
+        self.fault_actions_total = self._counter(
+            "ckptd_fault_actions", "Runs of --on-fault, by result: done, failed, killed or refused.", ["run", "result"]
+        )
+        self.timing_ranks = self._gauge(
+            "ckptd_timing_ranks", "Ranks whose timings the daemon that judges the run hears of.", ["run"]
+        )
+        self.timing_dropped_total = self._counter(
+            "ckptd_timing_dropped", "Operations that ranks of this node could not keep until they were sent.", ["run"]
+        )
         self.rpc_seconds = self._histogram(
             "ckptd_rpc_seconds", "Time of a call, by method and gRPC code.", ["method", "code"], _RPC_BUCKETS
         )

@@ -15,7 +15,7 @@ from typing import Any
 from ckptd.errors import Corrupt
 from ckptd.files import write_atomic
 from ckptd.format.manifest import snapshot_from_json, snapshot_to_json
-from ckptd.model import Incarnation, Roster, RosterEntry, SnapshotId
+from ckptd.model import Action, Incarnation, Roster, RosterEntry, SnapshotId
 
 _PREFIX = "run-"
 
@@ -34,11 +34,13 @@ class IncarnationRecord:
 
 @dataclass
 class RunRecord:
-    """A run as its daemon remembers it; ``incarnations`` by ordinal and id, oldest first."""
+    """A run as its daemon remembers it; ``incarnations`` by ordinal and id, oldest first; ``actions`` on its nodes that
+    this daemon recorded, oldest first."""
 
     run: str
     owner: str
     incarnations: dict[Incarnation, IncarnationRecord] = field(default_factory=dict)
+    actions: tuple[Action, ...] = ()
 
     @property
     def newest(self) -> IncarnationRecord | None:
@@ -73,6 +75,7 @@ def save_record(folder: Path, record: RunRecord) -> None:
         "run": record.run,
         "owner": record.owner,
         "incarnations": [incarnation_to_json(r) for _, r in sorted(record.incarnations.items())],
+        "actions": [asdict(action) for action in record.actions],
     }
     # Shared memory does not outlive a power cut, so there is nothing to sync.
     write_atomic(folder / f"{_PREFIX}{record.run}.json", json.dumps(body).encode(), sync=False)
@@ -84,7 +87,8 @@ def load_records(folder: Path) -> Iterator[RunRecord | Corrupt]:
         try:
             body = json.loads(path.read_bytes())
             records = [incarnation_from_json(value) for value in body["incarnations"]]
-            yield RunRecord(body["run"], body["owner"], {r.incarnation: r for r in records})
+            actions = tuple(Action(**value) for value in body.get("actions", ()))
+            yield RunRecord(body["run"], body["owner"], {r.incarnation: r for r in records}, actions)
         except (ValueError, KeyError, TypeError) as error:
             yield Corrupt(f"{path.name}: cannot be decoded: {error}")
 

@@ -7,18 +7,21 @@ traceback; verbs import what is heavy (the daemon, Zarr) only when they run.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 import ckptd
-from ckptd.cli import doctor, ls, output, prune, serve, show, status, verify
+from ckptd.cli import doctor, faults, ls, output, probe, prune, serve, show, status, verify
 from ckptd.cli.demo.verb import demo
 from ckptd.errors import EXIT_OK, EXIT_USAGE, CkptdError, InvalidRequest
 
 EXIT_INTERRUPTED = 130  # by convention 128 + SIGINT
+_AGAIN_S = 0.05
 
 app = typer.Typer(
     name="ckptd",
@@ -29,7 +32,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verb in (serve.serve, status.status, ls.ls, show.show, verify.verify, prune.prune, doctor.doctor, demo):
+for verb in (
+    serve.serve,
+    status.status,
+    ls.ls,
+    show.show,
+    verify.verify,
+    prune.prune,
+    faults.faults,
+    probe.probe,
+    doctor.doctor,
+    demo,
+):
     app.command()(verb)
 
 
@@ -75,8 +89,19 @@ def _show_usage_error(message: str, arguments: Sequence[str], *, is_json: bool) 
     return EXIT_USAGE
 
 
+def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """An interrupt that falls into a callback or a destructor (of gRPC, of a subprocess) is dropped there by Python:
+    the verb would go on as if nobody had pressed Ctrl-C."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        # Not from here: what is raised in this hook is dropped too.
+        threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def main() -> int:
     """Entry point of the console script."""
+    sys.unraisablehook = _interrupt_again
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

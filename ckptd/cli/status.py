@@ -17,7 +17,7 @@ def status(socket: options.Socket = None, as_json: options.Json = False) -> int:
     """Show memory, runs, protection, slots, parity and tiers of the daemon.
 
     Exits 3 when something is less than whole: a problem, a tier that does not answer, a run that no further loss of a
-    node may hit, or nodes of it that are silent.
+    node may hit, nodes of it that are silent, or a fault of it that is confirmed.
     """
     from ckptd.cli import channel
 
@@ -34,9 +34,14 @@ def status(socket: options.Socket = None, as_json: options.Json = False) -> int:
 
 
 def _is_at_risk(run: operator_pb2.RunStatus) -> bool:
-    """The run is protected, and the next lost node may be one too many, or nodes may be lost already."""
+    """Something of it is at fault; or it is protected, and the next lost node may be one too many, or nodes may be lost
+    already."""
     marks = run.watermarks
-    if not run.groups or run.state == "ended":
+    if run.state == "ended":
+        return False
+    if run.faults:
+        return True
+    if not run.groups:
         return False
     return bool(marks.silent_nodes) or (marks.HasField("losses_tolerated") and marks.losses_tolerated <= 0)
 
@@ -53,6 +58,9 @@ def _show(answer: operator_pb2.GetStatusResponse) -> None:
             ["RUN", "STATE", "INCARNATION", "RANKS HERE", "STAGED", "PROTECTED", "DURABLE", "DEAD", "OWNER"],
             [_run_row(run) for run in answer.runs],
         )
+    for run in answer.runs:
+        for fault in run.faults:
+            output.line(f"fault: {run.run}: {fault}")
     _show_protection([run for run in answer.runs if run.groups or run.protection_note])
     if answer.slots:
         output.line()

@@ -97,7 +97,7 @@ class Peer:
 
     def call(self, method: Any, request: Any, timeout_s: float = CALL_S) -> Any:
         """Call a unary method of one of the stubs; a CkptdError when it fails or takes longer than ``timeout_s``."""
-        return self._with_session(lambda meta: method(request, timeout=timeout_s, metadata=meta))
+        return self._with_session(lambda meta: method(request, timeout=timeout_s, metadata=meta), timeout_s)
 
     def pull(self, request: peers_pb2.PullRequest, silence_s: float) -> Iterator[bytes]:
         """The messages of Pull, undecoded; ends in DaemonUnreachable when none comes for ``silence_s``."""
@@ -131,23 +131,24 @@ class Peer:
     def _meta(self) -> tuple[tuple[str, str], ...]:
         return (("ckptd-token", self._token),)
 
-    def _open_session(self) -> None:
+    def _open_session(self, timeout_s: float = CALL_S) -> None:
         with self._lock:
             try:
-                self._token = self._node.OpenSession(node_pb2.OpenSessionRequest(), timeout=CALL_S).token
+                self._token = self._node.OpenSession(node_pb2.OpenSessionRequest(), timeout=timeout_s).token
             except grpc.RpcError as error:
                 raise error_from_rpc(error, self.address) from error
 
-    def _with_session(self, call: Callable[[tuple[tuple[str, str], ...]], Any]) -> Any:
+    def _with_session(self, call: Callable[[tuple[tuple[str, str], ...]], Any], timeout_s: float) -> Any:
+        session_s = min(timeout_s, CALL_S)
         try:
             if not self._token:
-                self._open_session()
+                self._open_session(session_s)
             try:
                 return call(self._meta())
             except grpc.RpcError as error:
                 if not isinstance(error_from_rpc(error, self.address), SessionExpired):
                     raise
-            self._open_session()
+            self._open_session(session_s)
             return call(self._meta())
         except grpc.RpcError as error:
             raise error_from_rpc(error, self.address) from error

@@ -108,6 +108,18 @@ class Ledger:
         self._trim(self.not_durable)
         self._drain_ended(step)
 
+    def safeguard(self) -> None:
+        """Make the newest staged step durable whatever the schedule says: nothing newer may come."""
+        step = self.staged
+        if (
+            self.has_tier
+            and step is not None
+            and step != self.draining
+            and (self.durable is None or step > self.durable)
+        ):
+            self._drain_due = step
+            self._start_drain()
+
     # --- questions -----------------------------------------------------------------------------------------------
     @property
     def is_idle(self) -> bool:

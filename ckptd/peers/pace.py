@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from ckptd.model import Schedule, ScheduleEntry
@@ -20,6 +20,7 @@ _FIRST_INTERVAL: Final = {"auto": 1, "seconds": 10, "steps": 0}
 _TOLERANCE: Final = 0.25
 _STALLS: Final = 5
 _ENOUGH_STALLS: Final = 3
+_MOST_ENTRIES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,19 @@ class Pace:
             self._stalls_s.setdefault(rank, deque(maxlen=_STALLS)).append(stall_s)
         if self._step_s:
             self._reschedule()
+
+    def demand(self, *, is_persisted: bool) -> int | None:
+        """Have one more step due, the first that every rank hears of in time; which it is, None when a change of the
+        schedule is under way. ``is_persisted``: durable too."""
+        usual = self.schedule.entries[-1]
+        if usual.from_step > self._newest_step or not self._step_s:
+            return None
+        step = self._newest_step + math.ceil(_NOTICE_S / max(self._step_s.values())) + 1
+        persist = 1 if is_persisted or usual.is_persisted(step) else 0
+        once = ScheduleEntry(step, 1, persist)
+        extended = self.schedule.extended(once).extended(replace(usual, from_step=step + 1))
+        self.schedule = Schedule(extended.entries[-_MOST_ENTRIES:])  # older ones are of steps long done
+        return step
 
     def _reschedule(self) -> None:
         step_s = max(self._step_s.values())

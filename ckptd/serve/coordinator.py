@@ -130,6 +130,16 @@ class Coordinator:
         with self._lock:
             self._protection.staged(snapshot)
 
+    def safeguard(self) -> None:
+        """The job stands still: make durable what is staged. Its protection goes on by itself."""
+        with self._lock:
+            self._ledger.safeguard()
+
+    def hurry(self, *, is_durable: bool) -> int | None:
+        """A node is about to fail: have a snapshot taken soon; the step, None when one is under way already."""
+        with self._lock:
+            return self._pace.demand(is_persisted=is_durable and bool(self._tiers))
+
     def renew(self, roster: Roster) -> None:
         """A later version of the roster."""
         with self._lock:

@@ -74,8 +74,8 @@ class FdSocket:
         with connection, suppress(OSError, ValueError):  # a peer that goes away or talks nonsense costs nobody else
             connection.settimeout(_IDLE_S)
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
-            _, uid, _ = _PEERCRED.unpack(credentials)
-            identity = Identity(f"uid:{uid}", uid)
+            pid, uid, _ = _PEERCRED.unpack(credentials)
+            identity = Identity(f"uid:{uid}", uid, pid)
             while (request := _receive(connection)) is not None:
                 self._answer(connection, identity, request)
 

@@ -25,6 +25,7 @@ from ckptd.peers.pace import Pace, Wish
 from ckptd.restore.inventory import MEMORY, record_in_tiers
 from ckptd.serve.commits import NodeCommits
 from ckptd.serve.coordinator import Coordinator
+from ckptd.serve.diagnosis.diagnosis import Diagnosis
 from ckptd.serve.drainer import Drainer
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.peering import Peering, check_addresses
@@ -54,6 +55,7 @@ class Node:
         self.drainer = Drainer(self.tiers, self.metrics)
         self.peering = Peering(settings, self.arena, self.tiers, self.metrics, self)
         self.scrubber = Scrubber(self)
+        self.diagnosis = Diagnosis(self)
         self.records: dict[str, RunRecord] = {}
         self._runs: dict[tuple[str, Incarnation], NodeRun] = {}
         self._coordinators: dict[tuple[str, Incarnation], Coordinator] = {}
@@ -91,6 +93,7 @@ class Node:
     def close(self) -> None:
         """Stop the threads; what is sealed stays for the next daemon."""
         self.scrubber.close()
+        self.diagnosis.close()
         self.peering.close()
         self.drainer.close()
         for run in self.node_runs():

@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 import structlog
@@ -25,6 +24,7 @@ from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId
 from ckptd.serve.commits import NodeCommits
 from ckptd.serve.drainer import Drain, Drainer
+from ckptd.serve.members import Member
 from ckptd.serve.reporter import Reporter
 from ckptd_api.convert import incarnation_to_pb, snapshot_from_pb
 from ckptd_api.v1 import coordinator_pb2 as pb
@@ -33,16 +33,6 @@ from ckptd_api.v1 import types_pb2
 _LOOK_S: Final = 0.2
 log = structlog.get_logger()
 Link = Callable[[Roster, pb.ReportRequest], pb.ReportResponse]
-
-
-@dataclass(slots=True)
-class RankState:
-    """A rank of this node: ``state`` is "joined", "left" or "dead". ``watch`` is the newest stream of watermarks that
-    it opened: only the end of that one is its death."""
-
-    pid: int
-    state: Literal["joined", "left", "dead"]
-    watch: object | None = None
 
 
 class Reached(NamedTuple):
@@ -84,7 +74,7 @@ class NodeRun:
         self.is_making_parity = False
         self.groups = plan_groups(roster)
         self.protecting: tuple[SnapshotId, int, int] | None = None  # with the roster's version and the attempt
-        self.ranks: dict[int, RankState] = {}
+        self.ranks: dict[int, Member] = {}
         self.watermarks = types_pb2.Watermarks()
         self.changed = threading.Condition()
         self.version = 0
@@ -108,7 +98,7 @@ class NodeRun:
         with self.changed:
             known = self.ranks.get(rank)
             if known is None or known.pid != pid or known.state != "joined":  # else: it brings a later roster
-                self.ranks[rank] = RankState(pid, "joined")
+                self.ranks[rank] = Member(pid)
         self._metrics.ranks.labels(self.run).set(self._alive())
 
     def prepare_slots(self, count: int) -> None:
@@ -120,11 +110,11 @@ class NodeRun:
                 # Not fatal: begin() will say the same of a real size.
                 log.warning("slots not prepared", run=self.run, rank=rank, reason=error.message)
 
-    def leave(self, rank: int, state: Literal["left", "dead"]) -> None:
+    def leave(self, rank: int, state: Literal["left", "dead"], error: str = "") -> None:
         """The rank is gone: by close(), or by death, and then what it was writing is dead."""
         with self.changed:
             if rank in self.ranks:
-                self.ranks[rank].state = state
+                self.ranks[rank].go(state, error)
         self._arena.release_holder(self.holder(rank))
         self._metrics.ranks.labels(self.run).set(self._alive())
         for slot in self._arena.slots_of(self.run, rank):
@@ -137,6 +127,12 @@ class NodeRun:
         if state == "left":
             self._left.add(rank)
             self.report()
+
+    def wake_watches(self) -> None:
+        """A stream ended: whoever feeds it looks at once."""
+        with self.changed:
+            self.version += 1
+            self.changed.notify_all()
 
     def _alive(self) -> int:
         return sum(rank.state == "joined" for rank in self.ranks.values())

@@ -12,7 +12,6 @@ import structlog
 
 import ckptd
 from ckptd.arena.slot import Slot
-from ckptd.erasure.groups import group_of
 from ckptd.errors import (
     CkptdError,
     CoordinatorUnreachable,
@@ -23,7 +22,7 @@ from ckptd.errors import (
     StepRepeated,
 )
 from ckptd.failpoints import failpoint
-from ckptd.format.blocks import HEADER_BYTES, SlotLayout
+from ckptd.format.blocks import SlotLayout
 from ckptd.format.slot import SlotHeader, SlotState
 from ckptd.model import Segment, SnapshotId, check_run_name
 from ckptd.peers.pace import Pace, Wish
@@ -32,6 +31,7 @@ from ckptd.restore.inventory import available, check_nothing_lost, explain_lost,
 from ckptd.serve.bulk import receive
 from ckptd.serve.node import Node
 from ckptd.serve.node_run import NodeRun
+from ckptd.serve.preparing import prepare_slots
 from ckptd.serve.rpc import caller
 from ckptd.serve.sessions import Identity
 from ckptd.tiers.tier import Tier
@@ -48,6 +48,7 @@ from ckptd_api.v1 import node_pb2 as pb
 _HEARTBEAT_S: Final = 1.0
 _READ_BYTES: Final = 2 * 1024 * 1024
 _MOST_RANKS: Final = 1 << 20
+_MOST_ERROR: Final = 500
 log = structlog.get_logger()
 
 
@@ -101,33 +102,10 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         pace = Pace(_wish(request.every), _persist_wish(request.persist_every, self._node.tiers))
         run = self._node.join(caller(), request.run, incarnation, roster, request.rank, request.pid, pace)
         if request.estimated_bytes:
-            self._prepare(run, request.rank, request.estimated_bytes)
+            decided = self._node.records[run.run].incarnations[run.incarnation].is_decided
+            prepare_slots(run, request.rank, request.estimated_bytes, self._node.settings, is_decided=decided)
+        self._node.diagnosis.watch_process(run, request.rank, caller().pid)
         return pb.JoinResponse(instance=self._node.instance, watermarks=run.watermarks)
-
-    def _prepare(self, run: NodeRun, rank: int, estimated_bytes: int) -> None:
-        run.slot_bytes[rank] = HEADER_BYTES + estimated_bytes + 8 * run.roster.block_bytes
-        # After a restart one is enough for the restore, which must not wait for the others to be made.
-        is_decided = self._node.records[run.run].incarnations[run.incarnation].is_decided
-        run.prepare_slots(self._node.settings.slots if is_decided or run.incarnation.ordinal == 1 else 1)
-        self._warn_of_parity(run)
-
-    def _warn_of_parity(self, run: NodeRun) -> None:
-        """Say before the first save that memory will not do for slots and two generations of parity."""
-        group, settings = group_of(run.groups, self._node.node_id), self._node.settings
-        if group is None:
-            return
-        sizes: dict[str, int] = {}
-        for entry in run.roster.entries:
-            sizes[entry.node_id] = sizes.get(entry.node_id, 0) + entry.estimated_bytes
-        longest = max(sizes[node] for node in group.members)
-        needed = settings.slots * sizes[self._node.node_id] + 2 * longest * group.geometry.m // group.geometry.k
-        if needed > settings.memory_bytes:
-            log.warning(
-                "memory is short for this run: steps will be skipped or not protected",
-                run=run.run,
-                needed_bytes=needed,
-                memory_bytes=settings.memory_bytes,
-            )
 
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchResponse]:
         """Watermarks as they change, at least one a second. Its end without Leave is the death of the rank."""
@@ -136,6 +114,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         if joined is not None:
             joined.watch = own
         seen = -1
+        context.add_callback(run.wake_watches)
         try:
             while context.is_active():
                 with run.changed:
@@ -144,13 +123,16 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                 yield pb.WatchResponse(instance=self._node.instance, watermarks=marks)
         finally:
             is_last = joined is not None and joined.watch is own and run.ranks.get(request.rank) is joined
-            if joined is not None and is_last and joined.state == "joined":
+            # A process that is watched lives: its connection broke, and it will join again.
+            if joined is not None and is_last and joined.state == "joined" and not joined.watched_pid:
                 log.warning("rank died", run=run.run, rank=request.rank, pid=joined.pid)
                 run.leave(request.rank, "dead")
+                self._node.diagnosis.wake()
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         run = self._run(request)
-        run.leave(request.rank, "left")
+        run.leave(request.rank, "left", request.error[:_MOST_ERROR])
+        self._node.diagnosis.wake()
         self._node.settle(run)
         return pb.LeaveResponse()
 
@@ -248,6 +230,15 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             self._node.metrics.stall_seconds.labels(run.run).observe(request.stall_seconds)
         return pb.ReportPaceResponse()
 
+    def ReportTimings(
+        self, request: pb.ReportTimingsRequest, context: grpc.ServicerContext
+    ) -> pb.ReportTimingsResponse:
+        run = self._run(request)
+        if request.rank not in run.ranks:
+            raise InstanceChanged(f"rank {request.rank} was not joined with this instance of the daemon")
+        is_known = self._node.diagnosis.take_timings(run, request)
+        return pb.ReportTimingsResponse(is_missing_communicators=not is_known)
+
     # --- restore ---------------------------------------------------------------------------------------------------
     def ListCandidates(
         self, request: pb.ListCandidatesRequest, context: grpc.ServicerContext
@@ -334,7 +325,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         | pb.FetchRequest
         | pb.DecideRequest
         | pb.LeaveRequest
-        | pb.ReportPaceRequest,
+        | pb.ReportPaceRequest
+        | pb.ReportTimingsRequest,
     ) -> NodeRun:
         return self._node.node_run(caller(), request.run, incarnation_from_pb(request.incarnation))
 

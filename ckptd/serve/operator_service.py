@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from typing import Final
 
 import grpc
 
@@ -13,6 +15,8 @@ from ckptd.erasure.groups import explain
 from ckptd.errors import CkptdError, UnknownRun, UnknownStep
 from ckptd.model import check_run_name
 from ckptd.serve.catalog import Catalog
+from ckptd.serve.diagnosis.pictures import find_pictures, only_run
+from ckptd.serve.diagnosis.prober import Prober
 from ckptd.serve.housekeeping import finish_actions, prune_actions
 from ckptd.serve.node import Node
 from ckptd.serve.node_run import NodeRun
@@ -21,6 +25,10 @@ from ckptd.serve.verification import verify
 from ckptd_api.convert import incarnation_to_pb, snapshot_to_pb
 from ckptd_api.v1 import operator_pb2 as pb
 from ckptd_api.v1 import operator_pb2_grpc
+from ckptd_api.v1.faults_pb2 import FaultRow, RunCoverage
+
+_LOOK_S: Final = 1.0
+_SILENCE_S: Final = 30.0
 
 
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
@@ -29,6 +37,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     def __init__(self, node: Node) -> None:
         self._node = node
         self._catalog = Catalog(node)
+        self._prober = Prober(node)
 
     def GetStatus(self, request: pb.GetStatusRequest, context: grpc.ServicerContext) -> pb.GetStatusResponse:
         node = self._node
@@ -93,6 +102,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             ranks=[pb.RankStatus(rank=r, pid=s.pid, state=s.state) for r, s in sorted(run.ranks.items())],
             state=state,
             parent=snapshot_to_pb(parent) if parent else None,
+            faults=self._node.diagnosis.sentences(run.run, run.incarnation),
         )
 
     def ListCheckpoints(
@@ -130,6 +140,43 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._check(request.run)
         actions = finish_actions if request.is_finish else prune_actions
         return pb.PruneResponse(actions=actions(self._node, request.run, request.is_applied))
+
+    def ListFaults(self, request: pb.ListFaultsRequest, context: grpc.ServicerContext) -> pb.ListFaultsResponse:
+        faults, coverage = self._faults(request.run, has_resolved=request.has_resolved)
+        return pb.ListFaultsResponse(faults=faults, coverage=coverage)
+
+    def WatchFaults(
+        self, request: pb.WatchFaultsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchFaultsResponse]:
+        told: pb.WatchFaultsResponse | None = None
+        told_s = 0.0
+        while context.is_active():
+            faults, coverage = self._faults(request.run, has_resolved=True)
+            answer = pb.WatchFaultsResponse(faults=faults, coverage=coverage)
+            if answer != told or time.monotonic() - told_s > _SILENCE_S:
+                told, told_s = answer, time.monotonic()
+                yield answer
+            with self._node.diagnosis.changed:
+                self._node.diagnosis.changed.wait(_LOOK_S)
+
+    def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> Iterator[pb.ProbeResponse]:
+        self._check(request.run)
+        yield from self._prober.probe(request.run, request.nodes, has_compute=request.has_compute)
+
+    def GetPictures(self, request: pb.GetPicturesRequest, context: grpc.ServicerContext) -> pb.GetPicturesResponse:
+        if request.run:
+            self._check(request.run)
+        run = request.run or only_run(self._node, self._catalog.runs(caller()))
+        return find_pictures(self._node, run)
+
+    def _faults(self, run: str, *, has_resolved: bool) -> tuple[list[FaultRow], list[RunCoverage]]:
+        """Of ``run``, or of every run that the caller may see."""
+        if run:
+            self._check(run)
+        runs = [run] if run else self._catalog.runs(caller())
+        told = [found for name in runs for found in self._node.diagnosis.faults(name)]
+        rows = [row for found in told for row in found.faults if has_resolved or not row.resolved_s]
+        return rows, [found.coverage for found in told]
 
     def _check(self, run: str) -> None:
         """UnknownRun unless the run is in memory or in a tier; NotPermitted unless the caller may see it."""

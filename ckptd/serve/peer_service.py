@@ -10,7 +10,10 @@ import grpc
 from ckptd.errors import DaemonUnreachable, InvalidRequest
 from ckptd.format.image import encode_group, encode_image
 from ckptd.model import check_run_name
+from ckptd.peers.probing import echo
 from ckptd.peers.transport import encode_blocks
+from ckptd.serve.diagnosis.node_speed import measure_speed
+from ckptd.serve.diagnosis.prober import Prober
 from ckptd.serve.node import Node
 from ckptd.serve.peer_messages import held_here, holder_to_pb, inventory_to_pb
 from ckptd.serve.rpc import caller
@@ -27,6 +30,7 @@ class PeerService(peers_pb2_grpc.PeerServiceServicer):
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._prober = Prober(node)
 
     def Inventory(self, request: pb.InventoryRequest, context: grpc.ServicerContext) -> pb.InventoryResponse:
         run, node = self._run(request.run), self._node
@@ -89,6 +93,21 @@ class PeerService(peers_pb2_grpc.PeerServiceServicer):
         parent = snapshot_from_pb(request.parent) if request.HasField("parent") else None
         self._node.remember_decision(run, incarnation, roster_from_pb(request.roster), parent)
         return pb.RecordDecisionResponse()
+
+    def Echo(self, request: pb.EchoRequest, context: grpc.ServicerContext) -> Iterator[pb.EchoResponse]:
+        self._node.sessions.check_peer(caller())
+        yield from echo(request.size_bytes)
+
+    def MeasureLink(self, request: pb.MeasureLinkRequest, context: grpc.ServicerContext) -> pb.MeasureLinkResponse:
+        run, incarnation = self._run(request.run), incarnation_from_pb(request.incarnation)
+        return self._prober.measure_link(run, incarnation, request.node_id)
+
+    def MeasureCompute(
+        self, request: pb.MeasureComputeRequest, context: grpc.ServicerContext
+    ) -> pb.MeasureComputeResponse:
+        self._run(request.run)
+        speed = measure_speed()
+        return pb.MeasureComputeResponse(product_seconds=speed.product_s, copy_seconds=speed.copy_s)
 
     def _run(self, run: str) -> str:
         self._node.sessions.check_peer(caller())

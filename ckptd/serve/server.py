@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ckptd.config import Settings, fd_socket_path, parse_host_port
 from ckptd.errors import CkptdError, InvalidRequest, NotPermitted
+from ckptd.serve.diagnosis.pictures import pictures_here
 from ckptd.serve.fd_socket import FdSocket
 from ckptd.serve.http import serve_http
 from ckptd.serve.logs import configure_logging
@@ -29,6 +30,7 @@ from ckptd.serve.rpc import Boundary, caller
 from ckptd.serve.sessions import Identity
 from ckptd.serve.upkeep import Upkeep
 from ckptd.tiers.tier import Tier
+from ckptd_api.convert import incarnation_from_pb
 from ckptd_api.v1 import (
     coordinator_pb2,
     coordinator_pb2_grpc,
@@ -61,6 +63,31 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, request: coordinator_pb2.ReportRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.ReportResponse:
         return self._node.coordinate(caller(), request)
+
+    def ReportRanks(
+        self, request: coordinator_pb2.ReportRanksRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.ReportRanksResponse:
+        self._node.sessions.check_peer(caller())
+        return self._node.diagnosis.take_ranks(request)
+
+    def RecordAction(
+        self, request: coordinator_pb2.RecordActionRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.RecordActionResponse:
+        self._node.sessions.check_peer(caller())
+        return self._node.diagnosis.record_action(request)
+
+    def VerifyFaults(
+        self, request: coordinator_pb2.VerifyFaultsRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.VerifyFaultsResponse:
+        self._node.sessions.check_peer(caller())
+        return self._node.diagnosis.take_findings(request)
+
+    def GetPictures(
+        self, request: coordinator_pb2.CoordinatorServiceGetPicturesRequest, context: grpc.ServicerContext
+    ) -> coordinator_pb2.CoordinatorServiceGetPicturesResponse:
+        self._node.sessions.check_peer(caller())
+        data = pictures_here(self._node, request.run, incarnation_from_pb(request.incarnation))
+        return coordinator_pb2.CoordinatorServiceGetPicturesResponse(pictures=data)
 
 
 class _RawBulk:
@@ -104,6 +131,7 @@ def serve(settings: Settings) -> int:
     server.start()
     upkeep.start()
     node.scrubber.start()
+    node.diagnosis.start()
     if settings.allow_group:
         shutil.chown(socket_path, group=settings.allow_group)
     socket_path.chmod(0o660)

@@ -18,10 +18,12 @@ _MOST: Final = 65536
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A caller: ``name`` is ``uid:1000`` or ``cert:NAME``; ``uid`` is what slot headers record."""
+    """A caller: ``name`` is ``uid:1000`` or ``cert:NAME``; ``uid`` is what slot headers record; ``pid`` as the kernel
+    tells it for this namespace, 0 unknown."""
 
     name: str
     uid: int
+    pid: int = 0
 
 
 class Sessions:

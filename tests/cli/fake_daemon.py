@@ -26,7 +26,7 @@ Ckptd = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 class FakeOperator(operator_pb2_grpc.OperatorServiceServicer):
-    """``answers[method]`` is a message (a list for Verify), a CkptdError, or a function of the request."""
+    """``answers[method]`` is a message (a list for Verify and Probe), a CkptdError, or a function of the request."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Any] = {}
@@ -59,6 +59,9 @@ class FakeOperator(operator_pb2_grpc.OperatorServiceServicer):
 
     def Verify(self, request, context):
         yield from self._answer("Verify", request, context)
+
+    def Probe(self, request, context):
+        yield from self._answer("Probe", request, context)
 
     def Prune(self, request, context):
         return self._answer("Prune", request, context)

@@ -1,0 +1,151 @@
+"""Faults of a run over several daemons: who judges, who knows, who takes over, and what is done about them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import MakeFleet
+from harness import DaemonProcess, wait_until
+from timing_ranks import TimingJob
+
+from ckptd.cli import channel
+from ckptd_api.v1 import operator_pb2
+
+HANG_S = 25.0
+PACE_S = 0.5  # between batches of steps, so that they are judged one after the other
+
+
+def faults(daemon: DaemonProcess, *, has_resolved: bool = False) -> list[dict[str, Any]]:
+    return answer(daemon, has_resolved=has_resolved)["faults"]
+
+
+def answer(daemon: DaemonProcess, *, has_resolved: bool = False) -> dict[str, Any]:
+    with channel.connect(daemon.address) as connected:
+        request = operator_pb2.ListFaultsRequest(run="shards", has_resolved=has_resolved)
+        found = connected.unary(connected.stub.ListFaults, request, 5.0)
+    return {
+        "faults": [
+            {"kind": f.kind, "ranks": list(f.ranks), "nodes": list(f.nodes), "confidence": f.confidence}
+            | {"since_step": f.since_step, "evidence": json.loads(f.evidence), "resolved_s": f.resolved_s}
+            for f in found.faults
+        ],
+        "coverage": [
+            {"analyst": c.analyst, "is_judging": c.is_judging, "heard": c.ranks_heard} for c in found.coverage
+        ],
+    }
+
+
+def test_a_slow_rank_is_named_on_every_daemon_and_resolved_once_it_is_not(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(4)
+    job = TimingJob(fleet.daemons, protect="off")
+    job.run_steps(40)
+    wait_until(lambda: [c["heard"] for c in answer(fleet.daemons[0])["coverage"]] == [4], "all ranks to be heard of")
+    assert all(faults(daemon) == [] for daemon in fleet.daemons)
+
+    def is_known(compute_s: dict[int, float], ranks: list[list[int]]) -> bool:
+        """After ten more steps."""
+        job.run_steps(10, compute_s)
+        time.sleep(PACE_S)
+        return all([fault["ranks"] for fault in faults(daemon)] == ranks for daemon in fleet.daemons)
+
+    wait_until(lambda: is_known({2: 0.13}, [[2]]), "the fault to be known everywhere", 60)
+    for daemon in fleet.daemons:
+        (fault,) = faults(daemon)
+        assert fault["kind"] == "slow_compute"
+        assert fault["since_step"] >= 30
+        assert "rank 2" in fault["evidence"]["summary"]
+    wait_until(lambda: is_known({}, []), "the fault to be over", 60)
+    assert [fault["ranks"] for fault in faults(fleet.daemons[3], has_resolved=True)] == [[2]]
+
+
+def test_a_rank_that_others_wait_for_is_named_and_those_that_wait_are_not(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(3)
+    job = TimingJob(fleet.daemons, protect="off")
+    job.run_steps(5)
+    with job.beating(waiting={0, 1}):  # rank 2 lives: it may be saving, for a while
+        (fault,) = wait_until(lambda: faults(fleet.daemons[1]), "the hang to be named", HANG_S)
+    assert (fault["kind"], fault["ranks"], fault["confidence"]) == ("hang", [2], "suspect")
+
+
+def test_when_the_coordinators_daemon_is_gone_the_next_judges_in_its_place(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(4)
+    job = TimingJob(fleet.daemons, protect="off")
+    job.run_steps(5)
+    fleet.daemons[0].kill()
+    with job.beating(waiting={0, 1, 2}, silent={0}):
+        found = wait_until(lambda: faults(fleet.daemons[3]), "the hang to be named", HANG_S + 10)
+    named = {rank for fault in found for rank in fault["ranks"]}
+    assert 3 in named
+    assert not named & {1, 2}
+    (coverage,) = answer(fleet.daemons[3])["coverage"]
+    assert coverage["analyst"] == fleet.daemons[1].status()["node_id"]
+
+
+def test_half_of_a_run_does_not_judge_it(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(4)
+    job = TimingJob(fleet.daemons, protect="off")
+    job.run_steps(5)
+    for daemon in fleet.daemons[:2]:
+        daemon.kill()
+    with job.beating(waiting={2}, silent={0, 1}):
+        left = fleet.daemons[2]
+        wait_until(lambda: [c["is_judging"] for c in answer(left)["coverage"]] == [False], "nobody to judge", HANG_S)
+    assert faults(fleet.daemons[2]) == []
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    return tmp_path / "notes"
+
+
+def on_fault(notes: Path) -> dict[str, Any]:
+    """Options of a daemon that notes each fault, in a line."""
+    return {"env": {"CKPTD_ON_FAULT_LEVEL": "confirmed"}, "flags": ("--on-fault", f"cat >> {notes}; echo >> {notes}")}
+
+
+def test_a_command_is_run_on_a_fault_once_with_the_fault_on_its_input(make_fleet: MakeFleet, notes: Path) -> None:
+    fleet = make_fleet(3, **on_fault(notes))
+    job = TimingJob(fleet.daemons, protect="off")
+    job.run_steps(5)
+    with job.beating(waiting={0, 1}, silent={2}):
+        wait_until(notes.exists, "the command to run", HANG_S)
+        wait_until(lambda: "action done" in fleet.daemons[0].log, "the command to end")
+    (line,) = notes.read_text().splitlines()
+    told = json.loads(line)
+    node_id = fleet.daemons[2].status()["node_id"]
+    assert (told["run"], told["kind"], told["ranks"], told["nodes"]) == ("shards", "hang", [2], [node_id])
+    assert told["addresses"] == {node_id: fleet.daemons[2].listen}
+    with job.beating(waiting={0, 2}, silent={1}):  # another rank, within the hour
+        wait_until(lambda: "no action on a fault" in fleet.daemons[0].log, "the second to be refused", HANG_S)
+    assert "at most one node is acted on" in fleet.daemons[0].log
+    assert len(notes.read_text().splitlines()) == 1
+
+
+def test_an_action_is_remembered_by_a_coordinator_that_was_restarted(make_fleet: MakeFleet, notes: Path) -> None:
+    fleet = make_fleet(3, **on_fault(notes))
+    job = TimingJob(fleet.daemons, protect="off")
+    job.run_steps(5)
+    with job.beating(waiting={0, 1}, silent={2}):
+        wait_until(notes.exists, "the command to run", HANG_S)
+    fleet.daemons[0].restart()
+    job.rejoin(fleet.daemons[0])
+    with job.beating(waiting={0, 2}, silent={1}):
+        wait_until(lambda: "no action on a fault" in fleet.daemons[0].log, "the second to be refused", HANG_S)
+    assert len(notes.read_text().splitlines()) == 1
+
+
+def test_with_less_confidence_than_the_owner_asked_for_nothing_is_run(make_fleet: MakeFleet, notes: Path) -> None:
+    fleet = make_fleet(3, flags=on_fault(notes)["flags"], http=True)
+    job = TimingJob(fleet.daemons, protect="off")
+    job.run_steps(5)
+    with job.beating(waiting={0, 1}, silent={2}):
+        wait_until(lambda: faults(fleet.daemons[0]), "the hang to be named", HANG_S)
+        node_id = fleet.daemons[2].status()["node_id"]
+        series = f'ckptd_fault{{confidence="confirmed",kind="hang",node="{node_id}",run="shards"}} 1.0'
+        wait_until(lambda: series in fleet.daemons[0].get("/metrics")[1], "the fault to be a metric")
+    assert not notes.exists()
+    assert "ckptd_fault_actions_total{" not in fleet.daemons[0].get("/metrics")[1]
