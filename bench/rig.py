@@ -32,7 +32,8 @@ def daemon(memory: str = "8GiB", *options: str) -> Iterator[tuple[str, int, Path
     arena = Path("/dev/shm") / folder.name
     command = [Path(sys.executable).with_name("ckptd"), "serve", "--socket", folder / "d.sock", "--arena", arena]
     command += ["--memory", memory, *(option.format(folder=folder) for option in options)]
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(folder / "daemon.log", "w") as log:
+        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
     try:
         until = time.monotonic() + 30
         while not (folder / "d.sock").exists() or not (folder / "d.fd.sock").exists():

@@ -19,6 +19,16 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 _ENCODE = ("encode_4_1", "encode_4_2", "encode_8_2", "encode_8_4")
 
 
+def _is_found(case: dict[str, Any], recall: float) -> bool:
+    return case["recall"] >= recall and case["precision"] >= 0.98 and case["right_rank"] >= 0.98
+
+
+def _victims(result: dict[str, Any]) -> float:
+    """Share of the simulated runs in which somebody innocent was confirmed."""
+    cases = result["cases"].values()
+    return sum(case["runs_with_victims"] for case in cases) / sum(case["runs"] for case in cases)
+
+
 class Figure(NamedTuple):
     """One row: what is measured, what it should reach, how it is read from a script's JSON, whether that is enough."""
 
@@ -143,6 +153,71 @@ FIGURES = [
         "recover",
         lambda r: f"{r['ratio']:.2f} ({r['ratio_settled']:.2f} once it had made its slots)",
         lambda r: r["ratio"] >= 0.6,
+    ),
+    Figure(
+        "simulated jobs of 64 to 1,024 ranks, a rank x1.10 slower: found within 15 steps; precision; right rank",
+        ">= 0.99; >= 0.98; >= 0.98",
+        "detector_sim",
+        lambda r: "{recall:.3f}; {precision:.3f}; {right_rank:.3f}".format(**r["cases"]["rank x1.10"]),
+        lambda r: _is_found(r["cases"]["rank x1.10"], 0.99),
+    ),
+    Figure(
+        "the same at x1.30 within 5 steps, at x1.05 within 40",
+        ">= 0.99; >= 0.95",
+        "detector_sim",
+        lambda r: f"{r['cases']['rank x1.30']['recall']:.3f}; {r['cases']['rank x1.05']['recall']:.3f}",
+        lambda r: _is_found(r["cases"]["rank x1.30"], 0.99) and _is_found(r["cases"]["rank x1.05"], 0.95),
+    ),
+    Figure(
+        "victims confirmed in all simulated cases; false confirmed verdicts in healthy jobs, per 10,000 rank-days",
+        "<= 0.5 % of cases; <= 1",
+        "detector_sim",
+        lambda r: (
+            f"{_victims(r):.4f} of cases; {r['healthy']['false_per_10000_rank_days']:.1f} in "
+            f"{r['healthy']['rank_days']:.0f} rank-days (at most {r['healthy']['upper_bound_per_10000_rank_days']:.0f})"
+        ),
+        lambda r: _victims(r) <= 0.005 and r["healthy"]["upper_bound_per_10000_rank_days"] <= 1,
+    ),
+    Figure(
+        "judging what is slow among 10,240 ranks, all windows due, one core",
+        "<= 0.3 s",
+        "detector_sim",
+        lambda r: f"{r['judge_10240_ranks_s']:.3f} s",
+        lambda r: r["judge_10240_ranks_s"] <= 0.3,
+    ),
+    Figure(
+        "gloo jobs, 2 to 8 ranks: stopped, killed, GIL held, a collective left out or resized: right ranks only",
+        ">= 0.98",
+        "detector_live",
+        lambda r: f"{r['stopped_right']:.3f} of {r['cases']} cases with the slow ones, {r['with_strangers']} strangers",
+        lambda r: r["stopped_right"] >= 0.98 and not r["with_strangers"],
+    ),
+    Figure(
+        "in them: a death is named after; a rank that does not run after",
+        "<= 3 s; <= 15 s",
+        "detector_live",
+        lambda r: f"{r['kill_longest_s']:.1f} s; {max(r['stop_longest_s'], r['gil_longest_s']):.1f} s at most",
+        lambda r: r["kill_longest_s"] <= 3 and max(r["stop_longest_s"], r["gil_longest_s"]) <= 15,
+    ),
+    Figure(
+        "in them: a rank x1.30 slower, x1.10 slower (8 ranks), named within",
+        "<= 5; <= 15 steps",
+        "detector_live",
+        lambda r: f"{r['slow_x1.3_median_steps']:g}; {r['slow_x1.1_median_steps']:g} steps (median)",
+        lambda r: r["slow_x1.3_most_steps"] <= 5 and r["slow_x1.1_most_steps"] <= 15,
+    ),
+    Figure(
+        "step time with collection against without, DDP, FSDP2: upper 95 % bound; a tapped operation, sync, async",
+        "<= 1 %; <= 3 times the bare one",
+        "detector_overhead",
+        lambda r: (
+            f"{r['ddp_upper_95_percent']:.1f} %, {r['fsdp_upper_95_percent']:.1f} %; "
+            f"{r['sync_times']:.1f}, {r['async_times']:.1f} times"
+        ),
+        lambda r: (
+            max(r["ddp_upper_95_percent"], r["fsdp_upper_95_percent"]) <= 1
+            and max(r["sync_ratio"], r["async_ratio"]) <= 3
+        ),
     ),
 ]
 
