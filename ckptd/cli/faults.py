@@ -33,6 +33,10 @@ def faults(
     layout: Annotated[
         Path | None, typer.Option("--layout", metavar="F", help="With --replay: YAML with dp_size, pp_size, tp_size.")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="F", help="Save what was judged as F.ckptd-timings, for --replay elsewhere."),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show every change until interrupted.")] = False,
     has_resolved: Annotated[bool, typer.Option("--all", help="Those that are over too.")] = False,
     plot: Annotated[
@@ -59,9 +63,11 @@ def faults(
             raise InvalidRequest("--plot draws one moment: it does not go with --watch")
         check_file(plot)
     if replay is not None:
-        if run or watch:
-            raise InvalidRequest("--replay judges a file: it goes with neither RUN nor --watch")
+        if run or watch or record:
+            raise InvalidRequest("--replay judges a file: it goes with neither RUN, --watch nor --record")
         return _replay(replay, layout, plot, as_json=as_json)
+    if record is not None:
+        _check_recording(record)
     if layout is not None:
         raise InvalidRequest("--layout describes a recording", "give --replay PATH too")
     from ckptd.cli import channel
@@ -79,6 +85,9 @@ def faults(
         if plot is not None:
             drawn = daemon.unary(daemon.stub.GetPictures, operator_pb2.GetPicturesRequest(run=run))
             _plot(plot, json.loads(drawn.pictures))
+        if record is not None:
+            asked = operator_pb2.GetPicturesRequest(run=run, is_recording=True)
+            _write(record, daemon.unary(daemon.stub.GetPictures, asked).recording)
     _show(found.faults, found.coverage, as_json=as_json)
     return EXIT_OK
 
@@ -110,6 +119,24 @@ def _replay(path: Path, layout: Path | None, plot: Path | None, *, as_json: bool
         return EXIT_OK
     _show_table(found)
     return EXIT_OK
+
+
+def _write(path: Path, recording: bytes) -> None:
+    from ckptd.files import write_atomic
+
+    try:
+        write_atomic(path, recording)
+    except OSError as error:
+        raise InvalidRequest(f"--record: {path} cannot be written: {error.strerror}", "name another folder") from error
+    output.show_usage(f"recording: {path}")
+
+
+def _check_recording(path: Path) -> None:
+    """InvalidRequest when ``path`` would not be known as a recording."""
+    from ckptd.replay.recording import SUFFIX
+
+    if not path.name.endswith(SUFFIX):
+        raise InvalidRequest(f"--record: {path} does not end in {SUFFIX}", f"for example {path.stem or 'run'}{SUFFIX}")
 
 
 def _plot(path: Path, document: dict[str, Any]) -> None:

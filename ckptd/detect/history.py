@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ckptd.detect.layout import Ids
 from ckptd.errors import InvalidRequest
-from ckptd.format.timings import POSITIONS, WAITS, Mask, Rows
+from ckptd.format.timings import POSITIONS, SELF, WAITS, Mask, Rows
 
 Matrix = npt.NDArray[np.float32]
 Masks = npt.NDArray[np.uint32]
@@ -109,10 +109,22 @@ class History:
 
     @property
     def step_p99_s(self) -> float:
-        """99 % of the judged steps were no longer, in seconds; 0 without any."""
-        steps = self.judged_steps()
-        lengths = self.length_s(steps)
-        return float(np.nanpercentile(lengths, 99)) if lengths.size else 0.0
+        """99 % of the steps held, masked or not, were no longer, in seconds; 0 without any."""
+        columns = self._columns_of(self.held_steps())
+        lengths = self._values[_LENGTH][:, columns][self._masks[:, columns] != _ABSENT]
+        return float(np.percentile(lengths, 99)) if lengths.size else 0.0
+
+    def rows(self, rank: int) -> Rows:
+        """What is held of ``rank``, as SELF rows by rising step."""
+        steps = self.held_steps()
+        columns = self._columns_of(steps)
+        there = self._masks[rank, columns] != _ABSENT
+        rows = np.zeros(int(there.sum()), SELF)
+        values = self._values[:, rank, columns[there]]
+        rows["step"], rows["mask"] = steps[there], self._masks[rank, columns[there]]
+        rows["self_s"], rows["length_s"] = values[_SELF], values[_LENGTH]
+        rows["waits_s"], rows["gaps_s"] = values[_FIRST_WAIT:_FIRST_GAP].T, values[_FIRST_GAP:].T
+        return rows
 
     def self_s(self, steps: Ids, ranks: Ids | None = None) -> Matrix:
         """Self time, ranks x steps; NaN where masked or absent."""

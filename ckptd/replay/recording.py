@@ -64,13 +64,18 @@ class Recording:
 
 def write_recording(path: Path, recording: Recording) -> None:
     """Put ``recording`` at ``path``, replacing what is there."""
+    write_atomic(path, encode_recording(recording))
+
+
+def encode_recording(recording: Recording) -> bytes:
+    """The bytes of the file."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         file.writestr(_HEAD, json.dumps(_head(recording), separators=(",", ":")))
         for name, dtype in _PARTS:
             rows = getattr(recording.timings, name)
             file.writestr(f"{name}.bin", b"".join(pack(rows[rank].astype(dtype, copy=False)) for rank in sorted(rows)))
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_recording(path: Path) -> Recording:

@@ -167,7 +167,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         if request.run:
             self._check(request.run)
         run = request.run or only_run(self._node, self._catalog.runs(caller()))
-        return find_pictures(self._node, run)
+        return find_pictures(self._node, run, is_recording=request.is_recording)
 
     def _faults(self, run: str, *, has_resolved: bool) -> tuple[list[FaultRow], list[RunCoverage]]:
         """Of ``run``, or of every run that the caller may see."""

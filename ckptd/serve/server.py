@@ -86,8 +86,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, request: coordinator_pb2.CoordinatorServiceGetPicturesRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.CoordinatorServiceGetPicturesResponse:
         self._node.sessions.check_peer(caller())
-        data = pictures_here(self._node, request.run, incarnation_from_pb(request.incarnation))
-        return coordinator_pb2.CoordinatorServiceGetPicturesResponse(pictures=data)
+        incarnation = incarnation_from_pb(request.incarnation)
+        return pictures_here(self._node, request.run, incarnation, is_recording=request.is_recording)
 
 
 class _RawBulk:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fleet import MakeFleet
 from harness import DaemonProcess, wait_until
+from processes import run_cli
 from timing_ranks import TimingJob
 
 from ckptd.cli import channel
@@ -60,6 +61,20 @@ def test_a_slow_rank_is_named_on_every_daemon_and_resolved_once_it_is_not(make_f
         assert "rank 2" in fault["evidence"]["summary"]
     wait_until(lambda: is_known({}, []), "the fault to be over", 60)
     assert [fault["ranks"] for fault in faults(fleet.daemons[3], has_resolved=True)] == [[2]]
+
+
+def test_what_was_judged_can_be_saved_and_judged_again_elsewhere(make_fleet: MakeFleet, tmp_path: Path) -> None:
+    fleet = make_fleet(3)
+    job = TimingJob(fleet.daemons, protect="off")
+    for _ in range(8):
+        job.run_steps(10, {1: 0.2} if job.at_step >= 40 else {})
+        time.sleep(PACE_S)
+    wait_until(lambda: [fault["ranks"] for fault in faults(fleet.daemons[2])] == [[1]], "the fault to be known")
+    path = tmp_path / "run.ckptd-timings"
+    saved = fleet.daemons[2].cli("faults", "shards", "--record", path)  # not the analyst: it is asked
+    assert saved.rc == 0, saved.stderr
+    judged = run_cli("faults", "--replay", path, "--json")
+    assert [(f["kind"], f["ranks"]) for f in json.loads(judged.stdout)["faults"]] == [("slow_compute", [1])]
 
 
 def test_a_rank_that_others_wait_for_is_named_and_those_that_wait_are_not(make_fleet: MakeFleet) -> None:

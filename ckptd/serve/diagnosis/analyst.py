@@ -17,10 +17,11 @@ from ckptd.detect.health import Health
 from ckptd.detect.judge import Judge
 from ckptd.detect.layout import Layout
 from ckptd.detect.pictures import Scene
-from ckptd.detect.records import Communicator, Fault, RankState
+from ckptd.detect.records import Communicator, Fault, RankState, Timings
 from ckptd.errors import InstanceChanged, InvalidRequest
 from ckptd.format.timings import SAMPLE, SELF, unpack
 from ckptd.model import Incarnation, Roster
+from ckptd.replay.recording import Recording
 from ckptd.serve.diagnosis.feeds import KEPT_STEPS, MOST_SAMPLES
 from ckptd.serve.diagnosis.messages import communicator_from_pb, health_from_pb, rank_state
 from ckptd.serve.diagnosis.peer_links import Answers, links_of, nodes_by_address
@@ -194,6 +195,20 @@ class Analyst:
         with self._lock:
             faults = [logged.fault for logged in self._judge.log.open]
             return Scene.of(self._judge, self._states(now_s), self._communicators, faults)
+
+    def recording(self, now_s: float) -> Recording:
+        """The steps held and what ranks are in the middle of, to be judged again elsewhere. Samples are not kept."""
+        with self._lock:
+            world_size, history = self.roster.world_size, self._judge.history
+            steps = {rank: rows for rank in range(world_size) if len(rows := history.rows(rank))}
+            return Recording(
+                Timings(world_size, self._judge.nodes, steps),
+                self._judge.layout,
+                tuple(self._states(now_s)),
+                dict(self._communicators),
+                self.run,
+                str(self.incarnation),
+            )
 
     def nodes_heard(self, now_s: float) -> int:
         with self._lock:

@@ -622,7 +622,9 @@ class CoordinatorServiceGetPicturesRequest(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    IS_RECORDING_FIELD_NUMBER: _builtins.int
     run: _builtins.str
+    is_recording: _builtins.bool
     @_builtins.property
     def incarnation(self) -> _types_pb2.Incarnation: ...
     def __init__(
@@ -630,10 +632,11 @@ class CoordinatorServiceGetPicturesRequest(_message.Message):
         *,
         run: _builtins.str = ...,
         incarnation: _types_pb2.Incarnation | None = ...,
+        is_recording: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "is_recording", b"is_recording", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -644,16 +647,20 @@ class CoordinatorServiceGetPicturesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PICTURES_FIELD_NUMBER: _builtins.int
+    RECORDING_FIELD_NUMBER: _builtins.int
     pictures: _builtins.bytes
     """JSON: ckptd.detect.pictures."""
+    recording: _builtins.bytes
+    """ckptd.replay.recording."""
     def __init__(
         self,
         *,
         pictures: _builtins.bytes = ...,
+        recording: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pictures", b"pictures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pictures", b"pictures", "recording", b"recording"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

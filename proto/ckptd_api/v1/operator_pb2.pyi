@@ -953,16 +953,20 @@ class GetPicturesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_FIELD_NUMBER: _builtins.int
+    IS_RECORDING_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """"": the only run of this daemon."""
+    is_recording: _builtins.bool
+    """The recording, in place of the pictures."""
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
+        is_recording: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_recording", b"is_recording", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -974,19 +978,23 @@ class GetPicturesResponse(_message.Message):
 
     PICTURES_FIELD_NUMBER: _builtins.int
     ANALYST_FIELD_NUMBER: _builtins.int
+    RECORDING_FIELD_NUMBER: _builtins.int
     pictures: _builtins.bytes
     """JSON: ckptd.detect.pictures."""
     analyst: _builtins.str
     """node_id of the analyst."""
+    recording: _builtins.bytes
+    """ckptd.replay.recording."""
     def __init__(
         self,
         *,
         pictures: _builtins.bytes = ...,
         analyst: _builtins.str = ...,
+        recording: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["analyst", b"analyst", "pictures", b"pictures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analyst", b"analyst", "pictures", b"pictures", "recording", b"recording"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
