@@ -63,8 +63,7 @@ class FakeNode:
             node = self._others.get(address.split(":")[0])
             if node is None:
                 raise DaemonUnreachable(f"no daemon at {address}")
-            data = pictures_here(node, request.run, incarnation_from_pb(request.incarnation))  # type: ignore[arg-type]
-            return coordinator_pb2.CoordinatorServiceGetPicturesResponse(pictures=data)
+            return pictures_here(node, request.run, incarnation_from_pb(request.incarnation))  # type: ignore[arg-type]
 
         return SimpleNamespace(call=call, coordinator=SimpleNamespace(GetPictures="GetPictures"))
 
