@@ -39,6 +39,12 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(stray)} | extra
 
 
+def heed_interrupts() -> None:
+    """For a child that is to be interrupted: where the tests run in the background of a shell they inherit that SIGINT
+    is ignored, and so would the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class CliResult(NamedTuple):
     rc: int
     stdout: str

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import CKPTD, clean_environment, wait_until
+from processes import CKPTD, clean_environment, heed_interrupts, wait_until
 
 from ckptd.cli.demo import acts
 from ckptd.cli.demo.acts import ACTS, kill_steps
@@ -53,7 +53,11 @@ def test_the_demo_recovers_three_times_and_ends_with_the_bits_of_the_undisturbed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(
-        [CKPTD, "demo"], env=clean_environment(TMPDIR=str(tmp_path)), stderr=subprocess.PIPE, text=True
+        [CKPTD, "demo"],
+        env=clean_environment(TMPDIR=str(tmp_path)),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     wait_until(lambda: list(tmp_path.glob("ckptd-demo-*/*.journal")), "the first step", 60)
     arena = default_arena(leftovers(tmp_path)[0] / "d.sock")

@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import pytest
 from fake_daemon import CKPTD, Ckptd, FakeDaemon, row
+from processes import heed_interrupts
 
 import ckptd as package
 from ckptd.cli import channel
@@ -145,7 +146,11 @@ def test_ctrl_c_exits_130_without_a_traceback(daemon: FakeDaemon) -> None:
     released = threading.Event()
     daemon.operator.answers["Verify"] = lambda request: iter(lambda: released.wait(10), True)
     process = subprocess.Popen(
-        [CKPTD, "verify", "gpt", "--socket", daemon.socket], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [CKPTD, "verify", "gpt", "--socket", daemon.socket],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     for _ in range(100):
         if daemon.operator.requests:
@@ -175,7 +180,8 @@ def run(arguments):
 main.run = run
 raise SystemExit(main.main())
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 130
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=30, preexec_fn=heed_interrupts)
+    assert done.returncode == 130
 
 
 def test_a_reader_that_leaves_causes_no_noise(daemon: FakeDaemon) -> None:
