@@ -63,6 +63,7 @@ def test_a_slow_rank_is_named_on_every_daemon_and_resolved_once_it_is_not(make_f
     assert [fault["ranks"] for fault in faults(fleet.daemons[3], has_resolved=True)] == [[2]]
 
 
+@pytest.mark.slow
 def test_what_was_judged_can_be_saved_and_judged_again_elsewhere(make_fleet: MakeFleet, tmp_path: Path) -> None:
     fleet = make_fleet(3)
     job = TimingJob(fleet.daemons, protect="off")
@@ -100,6 +101,7 @@ def test_when_the_coordinators_daemon_is_gone_the_next_judges_in_its_place(make_
     assert coverage["analyst"] == fleet.daemons[1].status()["node_id"]
 
 
+@pytest.mark.slow
 def test_half_of_a_run_does_not_judge_it(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(4)
     job = TimingJob(fleet.daemons, protect="off")
@@ -140,6 +142,7 @@ def test_a_command_is_run_on_a_fault_once_with_the_fault_on_its_input(make_fleet
     assert len(notes.read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_action_is_remembered_by_a_coordinator_that_was_restarted(make_fleet: MakeFleet, notes: Path) -> None:
     fleet = make_fleet(3, **on_fault(notes))
     job = TimingJob(fleet.daemons, protect="off")
@@ -153,6 +156,7 @@ def test_an_action_is_remembered_by_a_coordinator_that_was_restarted(make_fleet:
     assert len(notes.read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_with_less_confidence_than_the_owner_asked_for_nothing_is_run(make_fleet: MakeFleet, notes: Path) -> None:
     fleet = make_fleet(3, flags=on_fault(notes)["flags"], http=True)
     job = TimingJob(fleet.daemons, protect="off")
