@@ -34,7 +34,7 @@ def case(mode: str, fault: str, world_size: int, rank: int, *, is_slow: bool = T
         case("ddp", "stop", 3, 2, is_slow=False),
         case("fsdp", "stop", 4, 0),
         case("ddp", "gil", 2, 1),
-        case("ddp", "skip", 3, 0, is_slow=False),
+        case("ddp", "skip", 3, 0),
         case("ddp", "skip", 2, 1),
         case("fsdp", "skip", 4, 2),
         case("fsdp", "size", 3, 1),

@@ -124,6 +124,7 @@ def on_fault(notes: Path) -> dict[str, Any]:
     return {"env": {"CKPTD_ON_FAULT_LEVEL": "confirmed"}, "flags": ("--on-fault", f"cat >> {notes}; echo >> {notes}")}
 
 
+@pytest.mark.slow
 def test_a_command_is_run_on_a_fault_once_with_the_fault_on_its_input(make_fleet: MakeFleet, notes: Path) -> None:
     fleet = make_fleet(3, **on_fault(notes))
     job = TimingJob(fleet.daemons, protect="off")
