@@ -7,6 +7,7 @@ again as the same class in the caller.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 EXIT_OK = 0
@@ -16,6 +17,12 @@ EXIT_DEGRADED = 3
 EXIT_DATA_LOST = 4
 EXIT_NOT_FOUND = 5
 EXIT_UNREACHABLE = 6
+
+
+def few(items: Sequence[object], most: int = 8) -> str:
+    """The first ``most`` of ``items``, and how many more there are: for a message."""
+    shown = ", ".join(map(str, items[:most]))
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown
 
 
 class CkptdError(Exception):

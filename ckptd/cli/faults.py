@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
 from ckptd.cli import options, output
-from ckptd.errors import EXIT_OK, InvalidRequest
+from ckptd.errors import EXIT_OK, InvalidRequest, few
 from ckptd_api.convert import incarnation_from_pb
 from ckptd_api.v1 import faults_pb2, operator_pb2
-
-_RANKS_SHOWN: Final = 8
 
 
 def faults(
@@ -208,10 +206,9 @@ def _when(fault: dict[str, Any]) -> tuple[str, str | None]:
 
 def _row(fault: dict[str, Any]) -> list[Any]:
     ranks, since = fault["ranks"], fault["since_step"]
-    more = f" and {len(ranks) - _RANKS_SHOWN} more" if len(ranks) > _RANKS_SHOWN else ""
     return [
         fault["kind"],
-        ", ".join(map(str, ranks[:_RANKS_SHOWN])) + more,
+        few(ranks),
         ", ".join(fault["nodes"]),
         fault["confidence"],
         since if since >= 0 else None,

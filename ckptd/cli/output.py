@@ -27,10 +27,6 @@ def line(text: str = "") -> None:
     sys.stdout.write(text + "\n")
 
 
-def warn(text: str) -> None:
-    sys.stderr.write(f"ckptd: warning: {text}\n")
-
-
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Rows under column names; numbers to the right. None shows as ``-``."""
     cells = [["-" if cell is None or cell == "" else str(cell) for cell in row] for row in rows]

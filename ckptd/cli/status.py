@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Final
 
 from ckptd.cli import options, output
-from ckptd.errors import EXIT_DEGRADED, EXIT_OK
+from ckptd.errors import EXIT_DEGRADED, EXIT_OK, few
 from ckptd_api.convert import incarnation_from_pb
 from ckptd_api.v1 import operator_pb2, types_pb2
 
@@ -110,8 +110,7 @@ def _show_protection(runs: list[operator_pb2.RunStatus]) -> None:
         if run.protection_note:
             output.line(f"note: {run.run}: {run.protection_note}")
         if silent := run.watermarks.silent_nodes:
-            more = f" and {len(silent) - _NODES_SHOWN} more" if len(silent) > _NODES_SHOWN else ""
-            output.line(f"silent: {run.run}: {', '.join(silent[:_NODES_SHOWN])}{more}")
+            output.line(f"silent: {run.run}: {few(silent, _NODES_SHOWN)}")
 
 
 def _protection_row(run: operator_pb2.RunStatus) -> list[object]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ckptd.detect.records import Confidence, Fault, Kind, RankState
 from ckptd.detect.wait_graph import RANKS_SHOWN
+from ckptd.errors import few
 
 _COUNTS_SHOWN: Final = 4
 
@@ -75,7 +76,7 @@ def stop_fault(
     known = [states[rank] for rank in ranks if rank in states]
     last = max((state.step for state in states.values()), default=-1)
     about: dict[str, Any] = {
-        "summary": _SUMMARY[reason].format(f"rank{'s' if len(ranks) > 1 else ''} {_few(ranks)}"),
+        "summary": _SUMMARY[reason].format(f"rank{'s' if len(ranks) > 1 else ''} {few(ranks, RANKS_SHOWN)}"),
         "reason": reason.value,
         "silent_s": {str(state.rank): state.silent_s for state in known[:RANKS_SHOWN] if state.silent_s},
         "stacks": {str(state.rank): state.stack for state in known[:RANKS_SHOWN] if state.stack},
@@ -93,8 +94,3 @@ def stop_fault(
 
 def _counts(state: RankState) -> dict[str, list[int]]:
     return {name: [count.enqueued, count.completed] for name, count in state.counts.items()}
-
-
-def _few(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - RANKS_SHOWN} more" if len(ranks) > RANKS_SHOWN else ""
-    return ", ".join(map(str, ranks[:RANKS_SHOWN])) + more

@@ -42,7 +42,8 @@ class Judge:
         self._compute = ComputeJudge(layout, self.nodes) if layout else None
         self._communication = CommJudge(self.nodes)
         self._alarm = StallAlarm()
-        self._is_unsettled = False
+        # Somebody is gone, and it is too early to say who was first: look again in ``SETTLE_S``.
+        self.is_unsettled = False
         self._checkpointed = [0.0] * len(self.nodes)  # share of a rank's newest steps
         self._samples: dict[int, list[Rows]] = {}
         self._tables: dict[int, Mapping[int, Communicator]] = {}
@@ -147,11 +148,6 @@ class Judge:
 
     # --- what stands still ---------------------------------------------------------------------------------------
     @property
-    def is_unsettled(self) -> bool:
-        """Somebody is gone, and it is too early to say who was first: look again in ``SETTLE_S``."""
-        return self._is_unsettled
-
-    @property
     def is_stopped(self) -> bool:
         return any(FAMILIES[logged.fault.kind] is Family.STOP for logged in self.log.open)
 
@@ -162,8 +158,8 @@ class Judge:
         still = self._alarm.look(states, self.history.step_p99_s, now_s)
         found: list[Fault] = []
         if departures:
-            self._is_unsettled = not self.is_stopped and now_s - min(departures) < SETTLE_S
-            if self.is_stopped or self._is_unsettled:
+            self.is_unsettled = not self.is_stopped and now_s - min(departures) < SETTLE_S
+            if self.is_stopped or self.is_unsettled:
                 return False  # who goes after a stop goes because of it
             # A mismatch kills whom it hits, and that is an innocent rank: gloo ends the one that gets too much.
             found = judge_desync(states, communicators, has_failed=True) or judge_departures(states, step)

@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from ckptd.errors import few
+
 _REMEMBERED: Final = 128
 
 
@@ -93,7 +95,7 @@ class Ledger:
                 missing = sorted(set(range(self.world_size)) - entry.sealed)
                 self.died(
                     step,
-                    Outcome("StepDead", f"not sealed by rank {_ranks(missing)} within {self.stage_deadline_s:g} s"),
+                    Outcome("StepDead", f"not sealed by rank {few(missing)} within {self.stage_deadline_s:g} s"),
                 )
 
     def drained(self, step: int, *, is_durable: bool = True) -> None:
@@ -184,8 +186,3 @@ class Ledger:
     def _trim(outcomes: dict[int, Outcome]) -> None:
         while len(outcomes) > _REMEMBERED:
             del outcomes[min(outcomes)]
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    return shown + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

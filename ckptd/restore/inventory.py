@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ckptd.arena.records import IncarnationRecord, incarnation_from_json, incarnation_to_json
 from ckptd.erasure.holdings import Holder, lost_ranks, world_sizes
-from ckptd.errors import CkptdError, CommitConflict, Corrupt, FormatTooNew, RestoreUndecided, TierFailed
+from ckptd.errors import CkptdError, CommitConflict, Corrupt, FormatTooNew, RestoreUndecided, TierFailed, few
 from ckptd.model import Incarnation, SnapshotId
 from ckptd.restore.candidates import Ancestor, Available
 from ckptd.tiers.tier import Tier
@@ -77,7 +77,8 @@ def explain_lost(
         lost = lost_ranks(holders, snapshot, world_size)
         if lost and lost_nodes and (best is None or snapshot > best):
             notes.append(
-                f"{snapshot} is not recoverable: the shards of {_some_ranks(lost)} are lost with {_some(lost_nodes)}, "
+                f"{snapshot} is not recoverable: the shards of ranks {few(sorted(lost))} "
+                f"are lost with {_some(lost_nodes)}, "
                 f"more than parity makes up for; {newest}"
             )
     return notes
@@ -90,11 +91,6 @@ def check_nothing_lost(holders: Sequence[Holder], lost_nodes: Mapping[str, str])
     if held and lost_nodes:
         notes = explain_lost(holders, lost_nodes, (), ()) or [f"{_some(lost_nodes)} did not answer"]
         raise RestoreUndecided(notes[0])
-
-
-def _some_ranks(ranks: Collection[int]) -> str:
-    shown = ", ".join(str(rank) for rank in sorted(ranks)[:8])
-    return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def _some(nodes: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 import torch.distributed as dist
 
-from ckptd.errors import RendezvousTimeout
+from ckptd.errors import RendezvousTimeout, few
 
 _POLL_S: Final = 0.005
 _MAX_POLL_S: Final = 0.1
@@ -145,6 +145,4 @@ class Pauses:
 
 def ranks_text(ranks: Iterable[int]) -> str:
     """The first of ``ranks``, for a message."""
-    ordered = sorted(ranks)
-    shown = ", ".join(map(str, ordered[:16]))
-    return f"{shown} and {len(ordered) - 16} more" if len(ordered) > 16 else shown
+    return few(sorted(ranks), 16)

@@ -18,7 +18,7 @@ from ckptd.detect.judge import Judge
 from ckptd.detect.layout import Layout
 from ckptd.detect.pictures import Scene
 from ckptd.detect.records import Communicator, Fault, RankState, Timings
-from ckptd.errors import InstanceChanged, InvalidRequest
+from ckptd.errors import InstanceChanged, InvalidRequest, few
 from ckptd.format.timings import SAMPLE, SELF, unpack
 from ckptd.model import Incarnation, Roster
 from ckptd.replay.recording import Recording
@@ -230,13 +230,8 @@ class Analyst:
                 for rank, problem in view.problems.items():
                     if problem:
                         ranks.setdefault(problem, []).append(rank)
-        return [f"rank {_few(sorted(of))}: {problem}" for problem, of in sorted(ranks.items())]
+        return [f"rank {few(sorted(of))}: {problem}" for problem, of in sorted(ranks.items())]
 
 
 def _is_at(fault: Fault, other: Fault) -> bool:
     return (fault.kind, fault.ranks, fault.nodes) == (other.kind, other.ranks, other.nodes)
-
-
-def _few(ranks: list[int], most: int = 8) -> str:
-    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
-    return ", ".join(map(str, ranks[:most])) + more

@@ -33,7 +33,7 @@ from ckptd.serve.node_run import NodeRun
 from ckptd.serve.processes import ProcessWatch
 from ckptd_api.convert import incarnation_from_pb, incarnation_to_pb
 from ckptd_api.v1 import coordinator_pb2 as pb
-from ckptd_api.v1 import faults_pb2, node_pb2
+from ckptd_api.v1 import faults_pb2, node_pb2, types_pb2
 
 if TYPE_CHECKING:
     from ckptd.serve.node import Node
@@ -106,8 +106,7 @@ class Diagnosis:
 
     def take_timings(self, run: NodeRun, request: node_pb2.ReportTimingsRequest) -> bool:
         """A rank's report; False when it must send its communicators again."""
-        with self._lock:
-            feed = self._feeds.setdefault((run.run, run.incarnation), NodeFeed(run.roster.world_size))
+        feed = self._feed(run)
         dropped = feed.dropped_total
         is_known = feed.take(request, time.monotonic())
         self._node.metrics.timing_dropped_total.labels(run.run).inc(feed.dropped_total - dropped)
@@ -115,10 +114,8 @@ class Diagnosis:
 
     def take_ranks(self, request: pb.ReportRanksRequest) -> pb.ReportRanksResponse:
         """A node's report to the analyst here."""
-        key = (request.run, incarnation_from_pb(request.incarnation))
-        run = self._node.find_run(*key)
-        if run is None:
-            raise DaemonUnreachable(f"run {key[0]} was not joined with this instance of the daemon")
+        run = self._joined(request.run, request.incarnation)
+        key = (run.run, run.incarnation)
         with self._lock:
             analyst = self._analysts.get(key)
             if analyst is None:
@@ -134,11 +131,15 @@ class Diagnosis:
 
     def record_action(self, request: pb.RecordActionRequest) -> pb.RecordActionResponse:
         """Another analyst's action, to be recorded here before it runs."""
-        run = self._node.find_run(request.run, incarnation_from_pb(request.incarnation))
-        if run is None:
-            raise DaemonUnreachable(f"run {request.run} was not joined with this instance of the daemon")
+        run = self._joined(request.run, request.incarnation)
         refusal = self._actor.record(run.run, run.roster, request.node_id, request.kind)
         return pb.RecordActionResponse(refusal=refusal)
+
+    def _joined(self, run: str, incarnation: types_pb2.Incarnation) -> NodeRun:
+        found = self._node.find_run(run, incarnation_from_pb(incarnation))
+        if found is None:
+            raise DaemonUnreachable(f"run {run} was not joined with this instance of the daemon")
+        return found
 
     def take_findings(self, request: pb.VerifyFaultsRequest) -> pb.VerifyFaultsResponse:
         """What a probe has found, to the analyst here."""
@@ -223,12 +224,16 @@ class Diagnosis:
 
     def _report_all(self) -> None:
         for run in self._runs():
-            key = (run.run, run.incarnation)
-            with self._lock:
-                feed = self._feeds.setdefault(key, NodeFeed(run.roster.world_size))
-            self._report(key, run, feed)
+            self._report(run, self._feed(run))
 
-    def _report(self, key: Key, run: NodeRun, feed: NodeFeed) -> None:
+    def _feed(self, run: NodeRun) -> NodeFeed:
+        key = (run.run, run.incarnation)
+        with self._lock:
+            if key not in self._feeds:
+                self._feeds[key] = NodeFeed(run.roster.world_size)
+            return self._feeds[key]
+
+    def _report(self, run: NodeRun, feed: NodeFeed) -> None:
         """To the first of the roster that answers."""
         now_s = time.monotonic()
         nodes = run.roster.nodes.values()
@@ -248,7 +253,7 @@ class Diagnosis:
                 continue
             feed.answered(answer.instance)
             if answer.HasField("faults"):
-                self._learn(key, answer.faults)
+                self._learn((run.run, run.incarnation), answer.faults)
             return
 
     def _request(self, run: NodeRun, feed: NodeFeed) -> pb.ReportRanksRequest:
