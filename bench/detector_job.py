@@ -124,8 +124,3 @@ def main(plan: Plan, journal: str) -> None:
                 checkpointer.step(step)
                 job.note(step=step)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    main(Plan(**{**arguments, "ranks": tuple(arguments["ranks"])}), sys.argv[2])

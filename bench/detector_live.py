@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.detector_job import Plan
+from bench.fork_server import ForkServer
 from bench.rig import daemon, report
 
 FITTING = {
@@ -80,12 +81,9 @@ class Ranks:
                 "CKPTD_RUN": "live",
                 "CKPTD_WARM_UP_STEPS": str(WARM_UP_STEPS),
             }
-            request = {
-                "argv": [json.dumps(asdict(plan)), str(self._journals[rank])],
-                "environment": environment,
-                "output": str(folder / f"rank-{rank}.log"),
-            }
-            self.pids.append(nursery.ask(request)["pid"])
+            argv = [json.dumps(asdict(plan)), str(self._journals[rank])]
+            output = str(folder / f"rank-{rank}.log")
+            self.pids.append(nursery.fork(argv, {**os.environ, **environment}, output))
 
     def events(self) -> list[dict[str, Any]]:
         lines = [line for path in self._journals if path.exists() for line in path.read_text().splitlines()]
@@ -98,28 +96,15 @@ class Ranks:
                     os.killpg(pid, number)
                 except ProcessLookupError:
                     break
-        self._nursery.ask({"reap": self.pids})
+        while any(self._nursery.poll(pid) is None for pid in self.pids):
+            time.sleep(POLL_S)
 
 
-class Nursery:
+class Nursery(ForkServer):
     """A process that has torch imported and forks ranks."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "bench.detector_nursery"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+        super().__init__([sys.executable, "-m", "bench.detector_nursery"])
 
 
 class Watch:

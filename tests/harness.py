@@ -26,6 +26,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from processes import CKPTD, PATIENCE_S, CliResult, Signalled, clean_environment, free_port, run_cli, wait_until
 
+from bench.fork_server import ForkServer
 from ckptd.cli import channel
 from ckptd.cli.messages import plain
 from ckptd.errors import CkptdError
@@ -203,30 +204,13 @@ class DaemonProcess(Signalled):
             return error.code, error.read().decode()
 
 
-class Nursery:
+class Nursery(ForkServer):
     """The process that trainers are forked from: one for the whole test session."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "trainer_nursery.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=clean_environment(GRPC_ENABLE_FORK_SUPPORT="0"),
-            text=True,
+        super().__init__(
+            [sys.executable, str(HERE / "trainer_nursery.py")], clean_environment(GRPC_ENABLE_FORK_SUPPORT="0")
         )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(PATIENCE_S)
 
 
 class TrainerProcess(Signalled):
@@ -245,18 +229,14 @@ class TrainerProcess(Signalled):
         self._nursery = nursery
         self._returncode: int | None = None
         extra = {"TRAINER_EVENTS": str(self._events_path), "TRAINER_CONTROL": str(self.folder), **(env or {})}
-        self.pid = int(
-            nursery.ask(
-                argv=[str(script), *map(str, args)], env=clean_environment(**extra), output=str(self.stderr_path)
-            )["pid"]
-        )
+        self.pid = nursery.fork([str(script), *map(str, args)], clean_environment(**extra), str(self.stderr_path))
 
     # --- life ----------------------------------------------------------------------------------------------------
     @property
     def returncode(self) -> int | None:
         """The exit code, minus the signal that ended it, or None while it runs."""
         if self._returncode is None:
-            self._returncode = self._nursery.ask(poll=self.pid)["returncode"]
+            self._returncode = self._nursery.poll(self.pid)
         return self._returncode
 
     def wait(self, timeout_s: float = PATIENCE_S) -> int:
