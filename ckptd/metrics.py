@@ -2,26 +2,41 @@
 
 Layer: above ``errors``, used by ``serve`` and what it wires. Names follow Prometheus: base units, ``_total`` for
 counters. Invariants: an instance per daemon with a registry of its own, so two in one process never share a count;
-labels are bounded: ``run`` (dropped by ``forget_run``), a class of ``ckptd.errors``, a method; never a step, a tensor
-or a path.
+labels are bounded: ``run`` (dropped by ``forget_run``), a class of ``ckptd.errors``, a method, a node at fault; never
+a step, a tensor, a path or every peer.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Final
+from itertools import product
+from typing import Final, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 import ckptd
 from ckptd.format import index, manifest, slot
 
+M = TypeVar("M", bound=MetricWrapperBase)
+
 # A stall is to be milliseconds; the upper half is there to show how bad it was when it was not.
 _STALL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _RPC_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 _BULK_BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+
+# A counter that first appears as 1 did not rise in the eyes of increase(): what an alert counts begins at 0.
+_FROM_ZERO: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "corrupt_total": {"place": ("memory", "parity", "tier")},
+    "repaired_total": {"kind": ("slot", "parity")},
+    "commits_total": {"result": ("committed", "failed")},
+    "skips_total": {"reason": ("NoFreeSlot", "StepDead", "Torn")},
+    "dead_steps_total": {},
+    "torn_total": {},
+    "protect_retries_total": {},
+    "timing_dropped_total": {},
+}
 
 
 class Metrics:
@@ -30,9 +45,22 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._all: list[tuple[MetricWrapperBase, list[str]]] = []
+        self._define_snapshots()
+        self._define_redundancy()
+        self._define_drains()
+        self._define_memory()
+        self._define_failures()
+        self._define_restores()
+        self._define_faults()
+        self._define_node_health()
+        self._define_daemon()
 
+    def _define_snapshots(self) -> None:
         self.stall_seconds = self._histogram(
             "ckptd_stall_seconds", "Time one snapshot blocked the training loop of a rank.", ["run"], _STALL_BUCKETS
+        )
+        self.step_seconds = self._gauge(
+            "ckptd_step_seconds", "Time of a training step of the slowest rank of this node.", ["run"]
         )
         self.snapshot_step = self._gauge(
             "ckptd_snapshot_step", "Newest step at a level: staged, protected or durable.", ["run", "level"]
@@ -42,44 +70,94 @@ class Metrics:
             "Unix time at which the newest step reached the level.",
             ["run", "level"],
         )
+        self.snapshot_interval_seconds = self._gauge(
+            "ckptd_snapshot_interval_seconds",
+            "Usual time from one step to the next that reaches the level: the median of the last ones.",
+            ["run", "level"],
+        )
+        self.capture_seconds = self._histogram(
+            "ckptd_capture_seconds",
+            "Time to copy one rank's state into its slot, beside training.",
+            ["run"],
+            _BULK_BUCKETS,
+        )
+        self.seal_seconds = self._histogram(
+            "ckptd_seal_seconds", "From a rank's call of seal to the sealed slot.", ["run"], _BULK_BUCKETS
+        )
         self.bytes_total = self._counter(
             "ckptd_bytes",
             "Payload bytes moved, by direction: captured (into slots), protected (pulled to encode parity), served (to "
-            "peers), drained (to tiers), restored, verified, scrubbed.",
-            ["run", "direction"],
+            "peers), drained, restored, verified, scrubbed; and by tier: scope and scheme, as shared-file, or memory.",
+            ["run", "direction", "tier"],
         )
+
+    def _define_redundancy(self) -> None:
         self.losses_tolerated = self._gauge(
             "ckptd_losses_tolerated",
             "Nodes that may still be lost, whichever they are, with the newest protected snapshot whole; negative: it "
             "is not whole now.",
             ["run"],
         )
+        self.losses_planned = self._gauge(
+            "ckptd_losses_planned", "Nodes that may be lost once a snapshot is protected, by the run's code.", ["run"]
+        )
         self.protect_seconds = self._histogram(
             "ckptd_protect_seconds", "Time to make this node's parity of one snapshot.", ["run"], _BULK_BUCKETS
         )
+        self.transfer_seconds = self._histogram(
+            "ckptd_transfer_seconds",
+            "Of making one fragment of parity: time spent on pulling pieces.",
+            ["run"],
+            _BULK_BUCKETS,
+        )
+        self.encode_seconds = self._histogram(
+            "ckptd_encode_seconds",
+            "Of making one fragment of parity: time spent on encoding and checksums.",
+            ["run"],
+            _BULK_BUCKETS,
+        )
         self.protect_retries_total = self._counter(
             "ckptd_protect_retries", "Pulls for protection that failed and were tried again.", ["run"]
+        )
+        self.parity_queued = self._gauge(
+            "ckptd_parity_queued", "Fragments of parity that are not made yet: waiting or under way.", []
         )
         self.repaired_total = self._counter(
             "ckptd_repaired",
             "Corrupt or lost copies in memory that were made again, by kind: slot or parity.",
             ["run", "kind"],
         )
+
+    def _define_drains(self) -> None:
         self.drain_seconds = self._histogram(
             "ckptd_drain_seconds", "Time to write one rank's shard to a tier.", ["run"], _BULK_BUCKETS
         )
         self.drains_queued = self._gauge(
             "ckptd_drains_queued", "Shards whose drain has not ended: waiting or under way.", []
         )
+        self.drain_oldest_seconds = self._gauge(
+            "ckptd_drain_oldest_seconds", "Age of the oldest drain that has not ended; 0: there is none.", []
+        )
         self.commits_total = self._counter(
             "ckptd_commits", "Checkpoints committed in a tier, and those given up, by result.", ["run", "result"]
         )
-        self.seal_seconds = self._histogram(
-            "ckptd_seal_seconds", "From a rank's call of seal to the sealed slot.", ["run"], _BULK_BUCKETS
+        self.commit_timestamp_seconds = self._gauge(
+            "ckptd_commit_timestamp_seconds",
+            "Unix time of the newest commit in a tier, by result; failed after committed: the last one failed.",
+            ["run", "result"],
         )
+        self.tier_ready = self._gauge(
+            "ckptd_tier_ready",
+            "1: the tier took a test file when it was last asked; 0: it did not. By scope and scheme; the worst.",
+            ["tier"],
+        )
+
+    def _define_memory(self) -> None:
         self.slots = self._gauge("ckptd_slots", "Slots in the arena, by state.", ["state"])
         self.memory_used_bytes = self._gauge("ckptd_memory_used_bytes", "Memory that the arena holds.", [])
         self.memory_budget_bytes = self._gauge("ckptd_memory_budget_bytes", "Memory that the arena may hold.", [])
+
+    def _define_failures(self) -> None:
         self.skips_total = self._counter(
             "ckptd_skips", "Due steps not taken, by reason (a class of ckptd.errors).", ["run", "reason"]
         )
@@ -92,12 +170,16 @@ class Metrics:
         self.corrupt_total = self._counter(
             "ckptd_corrupt", "Copies found corrupt, by place: memory, parity or tier.", ["run", "place"]
         )
+
+    def _define_restores(self) -> None:
         self.restore_seconds = self._histogram(
             "ckptd_restore_seconds",
             "Time to bring one rank's shard into memory and check it, by source: memory, peer, reconstruction, tier.",
             ["run", "source"],
             _BULK_BUCKETS,
         )
+
+    def _define_faults(self) -> None:
         self.fault = self._gauge(
             "ckptd_fault",
             "1 for each fault that lasts, by kind, node and confidence; on the daemon that judges the run.",
@@ -109,22 +191,76 @@ class Metrics:
         self.fault_actions_total = self._counter(
             "ckptd_fault_actions", "Runs of --on-fault, by result: done, failed, killed or refused.", ["run", "result"]
         )
+        self.progress_lag_steps = self._gauge(
+            "ckptd_progress_lag_steps",
+            "Steps that the slowest rank is behind the fastest; on the daemon that judges the run.",
+            ["run"],
+        )
         self.timing_ranks = self._gauge(
             "ckptd_timing_ranks", "Ranks whose timings the daemon that judges the run hears of.", ["run"]
+        )
+        self.timing_coverage_ratio = self._gauge(
+            "ckptd_timing_coverage_ratio",
+            "Of all ranks, those every operation of which is seen; on the daemon that judges the run.",
+            ["run"],
         )
         self.timing_dropped_total = self._counter(
             "ckptd_timing_dropped", "Operations that ranks of this node could not keep until they were sent.", ["run"]
         )
+
+    def _define_node_health(self) -> None:
+        self.node_health_score = self._gauge(
+            "ckptd_node_health_score",
+            "How far this node is from its own normal: 0 well, from 0.5 unwell, at most 1.",
+            [],
+        )
+        self.node_health_severity = self._gauge(
+            "ckptd_node_health_severity", "Of a family of figures, from 0 to 1: 0.5 is out of line.", ["figure"]
+        )
+        self.node_health_learned = self._gauge(
+            "ckptd_node_health_learned", "1 once enough was seen of this node to say what is normal for it.", []
+        )
+        self.node_health_age_seconds = self._gauge(
+            "ckptd_node_health_age_seconds", "Since the figures of this node were last read.", []
+        )
+        self.node_cpu_steal_ratio = self._gauge("ckptd_node_cpu_steal_ratio", "CPU time taken by the hypervisor.", [])
+        self.node_pressure_ratio = self._gauge(
+            "ckptd_node_pressure_ratio", "Time in which tasks waited for a resource: cpu, memory, io.", ["resource"]
+        )
+        self.node_memory_available_ratio = self._gauge(
+            "ckptd_node_memory_available_ratio", "Memory that programs can still have, of all.", []
+        )
+        self.node_disk_latency_seconds = self._gauge(
+            "ckptd_node_disk_latency_seconds", "Mean time of a request to a disk.", ["device"]
+        )
+        self.node_tcp_retransmit_ratio = self._gauge(
+            "ckptd_node_tcp_retransmit_ratio", "TCP segments sent again, of all sent.", []
+        )
+        self.node_peer_round_trip_seconds = self._gauge(
+            "ckptd_node_peer_round_trip_seconds", "TCP round trip to peers: to the farthest, and in the median.", ["of"]
+        )
+        self.gpu_temperature_celsius = self._gauge("ckptd_gpu_temperature_celsius", "Temperature of a GPU.", ["gpu"])
+        self.gpu_clock_hertz = self._gauge("ckptd_gpu_clock_hertz", "Clock of the multiprocessors of a GPU.", ["gpu"])
+        self.gpu_trouble = self._gauge(
+            "ckptd_gpu_trouble",
+            "1 while a GPU throttles for heat, lost memory or contact, or logged an Xid.",
+            ["gpu", "sign"],
+        )
+
+    def _define_daemon(self) -> None:
+        self.ranks = self._gauge("ckptd_ranks", "Ranks of this node that are joined to the run.", ["run"])
+        self.coordinates = self._gauge("ckptd_coordinates", "1 on the daemon that coordinates the run.", ["run"])
+        self.coordinator_silent_seconds = self._gauge(
+            "ckptd_coordinator_silent_seconds", "Since the run's coordinator last answered this daemon.", ["run"]
+        )
+        self.reports_queued = self._gauge(
+            "ckptd_reports_queued", "Reports of progress that the run's coordinator has not taken yet.", ["run"]
+        )
+        self.sessions = self._gauge("ckptd_sessions", "Sessions open with trainers and operators.", [])
         self.rpc_seconds = self._histogram(
             "ckptd_rpc_seconds", "Time of a call, by method and gRPC code.", ["method", "code"], _RPC_BUCKETS
         )
-        self.sessions = self._gauge("ckptd_sessions", "Sessions open with trainers and operators.", [])
-        self.ranks = self._gauge("ckptd_ranks", "Ranks of this node that are joined to the run.", ["run"])
-        self._describe_build()
-
-    def _describe_build(self) -> None:
-        self.build = Info("ckptd_build", "Version of ckptd and of the formats it writes.", registry=self.registry)
-        self._all.append((self.build, []))
+        self.build = self._info("ckptd_build", "Version of ckptd and of the formats it writes.")
         self.build.info(
             {
                 "version": ckptd.__version__,
@@ -133,26 +269,37 @@ class Metrics:
                 "manifest_format": str(manifest.VERSION),
             }
         )
+        self.node = self._info("ckptd_node", "The daemon's node, as faults name it, and its advertised address.")
+        ProcessCollector(registry=self.registry)
 
+    # --- kinds ---------------------------------------------------------------------------------------------------
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
-        metric = Counter(name, text, labels, registry=self.registry)
-        self._all.append((metric, labels))
-        return metric
+        return self._add(Counter(name, text, labels, registry=self.registry), labels)
 
     def _gauge(self, name: str, text: str, labels: list[str]) -> Gauge:
-        metric = Gauge(name, text, labels, registry=self.registry)
-        self._all.append((metric, labels))
-        return metric
+        return self._add(Gauge(name, text, labels, registry=self.registry), labels)
 
     def _histogram(self, name: str, text: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
-        metric = Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+        return self._add(Histogram(name, text, labels, registry=self.registry, buckets=buckets), labels)
+
+    def _info(self, name: str, text: str) -> Info:
+        return self._add(Info(name, text, registry=self.registry), [])
+
+    def _add(self, metric: M, labels: list[str]) -> M:
         self._all.append((metric, labels))
         return metric
 
+    # --- use -----------------------------------------------------------------------------------------------------
     def render(self) -> tuple[bytes, str]:
         """The body of /metrics and its content type (OpenMetrics)."""
         body: bytes = generate_latest(self.registry)  # type: ignore[no-untyped-call]
         return body, CONTENT_TYPE_LATEST
+
+    def begin_run(self, run: str) -> None:
+        """Have the counters that alerts watch begin at 0."""
+        for name, labels in _FROM_ZERO.items():
+            for values in product(*labels.values()):
+                getattr(self, name).labels(run, *values)
 
     def forget_run(self, run: str) -> None:
         """Drop every series of a run that has ended: a name that comes back starts from zero."""
