@@ -9,7 +9,6 @@ collective of the gradients, or a transfer to one neighbour. Needs root, and nam
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -20,18 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import trustme
 
-from bench.detector_fabric import RECEIVING, SENDING, SIDES, Fabric, enter, fabric
+from bench.detector_fabric import RECEIVING, SENDING, SIDES, Fabric, fabric
 from bench.detector_link_job import Traffic
-from bench.detector_link_job import main as be_rank
+from bench.detector_nursery import Nursery
 from bench.rig import MIB, report
 
 RATE_MBIT_S = 200.0
@@ -44,7 +42,6 @@ START_S = 60.0
 OPERATION_MOST_S = 5.0
 PORT = 7070
 CKPTD = Path(sys.executable).with_name("ckptd")
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class Cluster:
         self.arena = Path("/dev/shm") / folder.name
         self._pems = _authority(folder, [net.address(at) for at in range(net.count)])
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._ranks: list[int] = []
+        self._nursery: Nursery | None = None
 
     def socket(self, at: int) -> Path:
         return self.folder / f"{at}.sock"
@@ -128,23 +125,9 @@ class Cluster:
         return self.folder / name
 
     def start_ranks(self, traffic: Traffic) -> None:
+        self._nursery = Nursery()
         for rank in range(self.net.count):
-            pid = os.fork()
-            if pid == 0:
-                self._be(rank, traffic)
-            self._ranks.append(pid)
-
-    def _be(self, rank: int, traffic: Traffic) -> None:
-        """In the child: the rank, until its end."""
-        code = 1
-        try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            enter(self.net.namespace(rank))
-            output = os.open(self.folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT)
-            for target in (1, 2):
-                os.dup2(output, target)
-            os.environ |= {
+            environment = {
                 "RANK": str(rank),
                 "LOCAL_RANK": "0",
                 "WORLD_SIZE": str(self.net.count),
@@ -155,12 +138,10 @@ class Cluster:
                 "CKPTD_RUN": "link",
                 "CKPTD_WARM_UP_STEPS": str(WARM_UP_STEPS),
             }
-            be_rank(traffic, str(self.folder / f"rank-{rank}.journal"))
-            code = 0
-        except BaseException:  # noqa: BLE001  as the interpreter does at the top of a script
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+            journal = str(self.folder / f"rank-{rank}.journal")
+            argv = ["link", self.net.namespace(rank), json.dumps(asdict(traffic)), journal]
+            output = str(self.folder / f"rank-{rank}.log")
+            self._nursery.fork(argv, {**os.environ, **environment}, output)
 
     def step(self) -> int:
         """The last that rank 0 has done; 0: none."""
@@ -169,9 +150,8 @@ class Cluster:
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def close(self) -> None:
-        for pid in self._ranks:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        if self._nursery is not None:
+            self._nursery.close()  # and the ranks with it
         for process in self._processes:
             process.kill()
             process.wait()

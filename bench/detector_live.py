@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.detector_job import Plan
-from bench.fork_server import ForkServer
+from bench.detector_nursery import Nursery
 from bench.rig import daemon, report
 
 FITTING = {
@@ -81,7 +81,7 @@ class Ranks:
                 "CKPTD_RUN": "live",
                 "CKPTD_WARM_UP_STEPS": str(WARM_UP_STEPS),
             }
-            argv = [json.dumps(asdict(plan)), str(self._journals[rank])]
+            argv = ["job", json.dumps(asdict(plan)), str(self._journals[rank])]
             output = str(folder / f"rank-{rank}.log")
             self.pids.append(nursery.fork(argv, {**os.environ, **environment}, output))
 
@@ -98,13 +98,6 @@ class Ranks:
                     break
         while any(self._nursery.poll(pid) is None for pid in self.pids):
             time.sleep(POLL_S)
-
-
-class Nursery(ForkServer):
-    """A process that has torch imported and forks ranks."""
-
-    def __init__(self) -> None:
-        super().__init__([sys.executable, "-m", "bench.detector_nursery"])
 
 
 class Watch:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from bench.detector_job import Plan
-from bench.detector_live import FITTING, Nursery, run_case
+from bench.detector_live import FITTING, run_case
+from bench.detector_nursery import Nursery
 
 STEPS = 1000
 AT_STEP = 12
