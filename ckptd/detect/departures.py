@@ -20,6 +20,8 @@ TOGETHER_S: Final = 0.02
 FOLLOWS_S: Final = 0.1
 _MOST_NAMED: Final = 64
 _TOLD_TO_END: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+# Of the process itself: an assertion, or the watchdog of a backend that gave up waiting for others.
+_OWN_SIGNALS: Final = frozenset({signal.SIGABRT})
 _COMMUNICATION: Final = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed? ?out|nccl|gloo|dist(backend|network|store)error|socket",
     re.IGNORECASE,
@@ -31,7 +33,7 @@ def judge_departures(states: Sequence[RankState], step: int = -1) -> list[Fault]
     outside. One fault a node. ``step``: the one that does not end.
 
     Verified when the system ended the process by a signal other than those that ask it to end; confirmed when how it
-    ended is not known, or the program failed with an exception of its own.
+    ended is not known, or the program failed with an exception of its own or aborted.
     """
     gone = [(state.gone_s, state) for state in states if state.gone_s is not None]
     victims_s = [gone_s for gone_s, state in gone if _is_victim(state)]
@@ -52,6 +54,10 @@ def _is_victim(state: RankState) -> bool:
     return state.signal in _TOLD_TO_END or (bool(state.error) and bool(_COMMUNICATION.search(state.error)))
 
 
+def _may_be_the_program(state: RankState) -> bool:
+    return not state.signal or state.signal in _OWN_SIGNALS
+
+
 def _death(roots: Sequence[RankState], states: Sequence[RankState], step: int) -> Fault:
     ranks = tuple(sorted(state.rank for state in roots))
     node = roots[0].node
@@ -67,7 +73,7 @@ def _death(roots: Sequence[RankState], states: Sequence[RankState], step: int) -
         Kind.DEATH,
         ranks,
         (node,) if is_whole else (),
-        Confidence.VERIFIED if len(signals) == len(roots) else Confidence.CONFIRMED,
+        Confidence.CONFIRMED if any(map(_may_be_the_program, roots)) else Confidence.VERIFIED,
         step,
         {
             "summary": f"rank {named}{where} {how}",

@@ -85,5 +85,10 @@ def test_how_sure_a_death_is_depends_on_what_is_known_of_it() -> None:
     assert unknown.confidence is raised.confidence is Confidence.CONFIRMED
 
 
+def test_a_rank_that_aborted_itself_is_not_verified_as_its_nodes_fault() -> None:
+    (fault,) = judge_departures(job(4, {1: 10.0}, signals={1: signal.SIGABRT}))
+    assert (fault.ranks, fault.confidence) == ((1,), Confidence.CONFIRMED)
+
+
 def test_of_two_ranks_that_die_at_once_both_are_named() -> None:
     assert sorted(fault.ranks for fault in judge_departures(job(2, {0: 10.0, 1: 10.0}))) == [(0,), (1,)]
