@@ -219,6 +219,16 @@ FIGURES = [
             and max(r["sync_ratio"], r["async_ratio"]) <= 3
         ),
     ),
+    Figure(
+        "scrape of /metrics, a node with 8 ranks of 2 runs at work: median, worst; series",
+        "< 50 ms in the median; < 2,000",
+        "scrape",
+        lambda r: (
+            f"{r['scrape_median_ms']:.1f} ms, {r['scrape_worst_ms']:.0f} ms of {r['scrapes']} "
+            f"(bare answer {r['livez_median_ms']:.1f}, {r['livez_worst_ms']:.0f} ms); {r['series']}"
+        ),
+        lambda r: r["scrape_median_ms"] < 50 and r["series"] < 2000,
+    ),
 ]
 
 

@@ -2,24 +2,38 @@
 
 Layer: above ``errors``, used by ``serve`` and what it wires. Names follow Prometheus: base units, ``_total`` for
 counters. Invariants: an instance per daemon with a registry of its own, so two in one process never share a count;
-labels are bounded: ``run`` (dropped by ``forget_run``), a class of ``ckptd.errors``, a method, a node at fault; never
-a step, a tensor, a path or every peer.
+labels are bounded: ``run`` (shown from ``begin_run`` to ``forget_run``), a class of ``ckptd.errors``, a method, a node
+at fault; never a step, a tensor, a path or every peer. What is not known is NaN here and absent from the page.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+import threading
+from collections.abc import Iterator
 from itertools import product
 from typing import Final, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    Metric,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 import ckptd
 from ckptd.format import index, manifest, slot
 
 M = TypeVar("M", bound=MetricWrapperBase)
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of all series, and nobody asks when a counter began
 
 # A stall is to be milliseconds; the upper half is there to show how bad it was when it was not.
 _STALL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -31,11 +45,16 @@ _FROM_ZERO: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "corrupt_total": {"place": ("memory", "parity", "tier")},
     "repaired_total": {"kind": ("slot", "parity")},
     "commits_total": {"result": ("committed", "failed")},
-    "skips_total": {"reason": ("NoFreeSlot", "StepDead", "Torn")},
+    "skips_total": {
+        "reason": ("NoSlot", "CaptureBusy", "DaemonUnreachable", "CoordinatorUnreachable", "StepDead", "Torn")
+    },
     "dead_steps_total": {},
     "torn_total": {},
     "protect_retries_total": {},
     "timing_dropped_total": {},
+    "faults_total": {"kind": ("slow_compute", "slow_link", "slow_comm", "hang", "comm_hang", "desync", "death")},
+    "fault_actions_total": {"result": ("done", "failed", "killed", "refused")},
+    "restore_seconds": {"source": ("memory", "peer", "reconstruction", "tier")},
 }
 
 
@@ -45,6 +64,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._all: list[tuple[MetricWrapperBase, list[str]]] = []
+        self._runs: set[str] = set()
+        self._lock = threading.Lock()
         self._define_snapshots()
         self._define_redundancy()
         self._define_drains()
@@ -139,16 +160,18 @@ class Metrics:
             "ckptd_drain_oldest_seconds", "Age of the oldest drain that has not ended; 0: there is none.", []
         )
         self.commits_total = self._counter(
-            "ckptd_commits", "Checkpoints committed in a tier, and those given up, by result.", ["run", "result"]
+            "ckptd_commits",
+            "Checkpoints committed in the shared tiers, and those given up, by result.",
+            ["run", "result"],
         )
         self.commit_timestamp_seconds = self._gauge(
             "ckptd_commit_timestamp_seconds",
-            "Unix time of the newest commit in a tier, by result; failed after committed: the last one failed.",
+            "Unix time of the last commit in the shared tiers, by result; failed after committed: the last failed.",
             ["run", "result"],
         )
         self.tier_ready = self._gauge(
             "ckptd_tier_ready",
-            "1: the tier took a test file when it was last asked; 0: it did not. By scope and scheme; the worst.",
+            "1: the tier answered when it was last asked; 0: not, or not in time. By scope and scheme; the worst.",
             ["tier"],
         )
 
@@ -243,7 +266,7 @@ class Metrics:
         self.gpu_clock_hertz = self._gauge("ckptd_gpu_clock_hertz", "Clock of the multiprocessors of a GPU.", ["gpu"])
         self.gpu_trouble = self._gauge(
             "ckptd_gpu_trouble",
-            "1 while a GPU throttles for heat, lost memory or contact, or logged an Xid.",
+            "1 while a GPU throttles for heat, and for an hour after it lost memory or contact or logged an Xid.",
             ["gpu", "sign"],
         )
 
@@ -256,7 +279,7 @@ class Metrics:
         self.reports_queued = self._gauge(
             "ckptd_reports_queued", "Reports of progress that the run's coordinator has not taken yet.", ["run"]
         )
-        self.sessions = self._gauge("ckptd_sessions", "Sessions open with trainers and operators.", [])
+        self.sessions = self._gauge("ckptd_sessions", "Sessions given out since the daemon started.", [])
         self.rpc_seconds = self._histogram(
             "ckptd_rpc_seconds", "Time of a call, by method and gRPC code.", ["method", "code"], _RPC_BUCKETS
         )
@@ -290,19 +313,32 @@ class Metrics:
         return metric
 
     # --- use -----------------------------------------------------------------------------------------------------
-    def render(self) -> tuple[bytes, str]:
-        """The body of /metrics and its content type (OpenMetrics)."""
-        body: bytes = generate_latest(self.registry)  # type: ignore[no-untyped-call]
-        return body, CONTENT_TYPE_LATEST
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The body of /metrics and its content type: OpenMetrics for who asks for it (``accept``), else plain text."""
+        encode, content_type = choose_encoder(accept)
+        with self._lock:
+            shown = frozenset(self._runs)
+        return encode(_Page(self.registry, shown)), content_type
 
     def begin_run(self, run: str) -> None:
-        """Have the counters that alerts watch begin at 0."""
+        """Show the series of a run from now on; the counters that alerts watch begin at 0. Nothing of before it shows:
+        what came late of the run's last start is dropped."""
+        with self._lock:
+            if run in self._runs:
+                return
+            self._drop(run)
+            self._runs.add(run)
         for name, labels in _FROM_ZERO.items():
             for values in product(*labels.values()):
                 getattr(self, name).labels(run, *values)
 
     def forget_run(self, run: str) -> None:
         """Drop every series of a run that has ended: a name that comes back starts from zero."""
+        with self._lock:
+            self._runs.discard(run)
+            self._drop(run)
+
+    def _drop(self, run: str) -> None:
         for metric, labels in self._all:
             if "run" not in labels:
                 continue
@@ -328,7 +364,9 @@ class Metrics:
                 "<!-- Printed by `python -m ckptd.metrics`; change ckptd/metrics.py instead. -->",
                 "# Metrics of `ckptd serve`",
                 "",
-                "Served by `--http` at `/metrics` as OpenMetrics text. Series of a run go when the run ends.",
+                "Served by `--http` at `/metrics`, as OpenMetrics to who asks for it, else as plain text. Series of a",
+                "run come with its first rank and go when it ends: every rank called `close()` and its drains are",
+                "over, or `ckptd prune`. A figure that is not known has no series.",
                 "",
                 "| name | type | labels | meaning |",
                 "| --- | --- | --- | --- |",
@@ -336,6 +374,22 @@ class Metrics:
                 "",
             ]
         )
+
+
+class _Page(Collector):
+    """What is in ``registry``, of runs only those that are ``shown``, without what is not known."""
+
+    def __init__(self, registry: CollectorRegistry, shown: frozenset[str]) -> None:
+        self._registry = registry
+        self._shown = shown
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [s for s in family.samples if not math.isnan(s.value) and self._is_shown(s.labels)]
+            yield family
+
+    def _is_shown(self, labels: dict[str, str]) -> bool:
+        return "run" not in labels or labels["run"] in self._shown
 
 
 if __name__ == "__main__":

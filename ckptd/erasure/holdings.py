@@ -28,13 +28,15 @@ class ParityHeld:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One daemon and what it holds: ranks by snapshot, world size by snapshot, parity."""
+    """One daemon and what it holds: ranks by snapshot, world size by snapshot, parity. ``is_at_fault``: the detector
+    has named its node; it serves only what the others cannot."""
 
     node_id: str
     address: str
     ranks: Mapping[SnapshotId, frozenset[int]] = field(default_factory=dict)
     world_sizes: Mapping[SnapshotId, int] = field(default_factory=dict)
     parity: tuple[ParityHeld, ...] = ()
+    is_at_fault: bool = False
 
 
 def world_sizes(holders: Iterable[Holder]) -> dict[SnapshotId, int]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
@@ -30,13 +30,14 @@ from ckptd.format.image import GroupRecord, ImageRecord
 from ckptd.format.parity import ParityHeader
 from ckptd.metrics import Metrics
 from ckptd.model import Roster, SnapshotId
-from ckptd.peers.gather import Source, gather, name_of, source_from
+from ckptd.peers.gather import Source, SourceFailed, gather, name_of, source_from
 from ckptd.peers.rate import TokenBucket
 from ckptd.peers.transport import Piece, Transport, batch_blocks
 
 _BACKOFF_S: Final = (0.1, 0.25, 0.5, 1.0, 2.0)
 _ABSENT_S: Final = 3.0
 _WORKERS: Final = 2
+T = TypeVar("T")
 log = structlog.get_logger()
 
 
@@ -128,13 +129,19 @@ class Protector:
             for stripe, row in stripes.parity_of(task.position)
             if self._arena.parity.find(task.run, task.snapshot, record.key, stripe, row) is None
         ]
-        pending = [self._pool.submit(self._make, task, record, stripes, stripe, row) for stripe, row in missing]
+        pending = [self._submit(task, record, stripes, stripe, row) for stripe, row in missing]
         try:
             for future in pending:
                 future.result()
         finally:
             for future in pending:
                 future.cancel()
+
+    def _submit(self, task: Task, record: GroupRecord, stripes: Stripes, stripe: int, row: int) -> Future[None]:
+        future = self._pool.submit(self._make, task, record, stripes, stripe, row)
+        self._metrics.parity_queued.inc()
+        future.add_done_callback(lambda _: self._metrics.parity_queued.dec())
+        return future
 
     def _image(self, task: Task, member: str) -> ImageRecord:
         """The record of ``member``'s image, asked for until it answers or the deadline is over."""
@@ -166,10 +173,12 @@ class Protector:
         sources = [self._source(task, record, stripes, position, piece) for position, piece in stripes.data_of(stripe)]
         fragment = file.fragment
         attempt, done = self._attempt(task, f"stripe {stripe}"), 0
-        pulled = self._metrics.bytes_total.labels(task.run, "protected")
+        pulled = self._metrics.bytes_total.labels(task.run, "protected", "memory")
+        spent, corrupt = _Spent(), set[str]()
         while done < stripes.piece_blocks:
             try:
-                for at, count, columns in gather(sources, done, stripes.piece_blocks - done, batch, size, self._bucket):
+                parts = gather(sources, done, stripes.piece_blocks - done, batch, size, self._bucket)
+                for at, count, columns in spent.timed(parts):
                     self._check_wanted(task)
                     target = fragment[at * size : (at + count) * size]
                     code.encode_row(row, columns, target)
@@ -179,7 +188,17 @@ class Protector:
                     attempt.progressed()
                     failpoint("protect.batch")
             except CkptdError as error:
+                self._count_corrupt(task, error, corrupt)
                 attempt.failed(error)
+        self._metrics.transfer_seconds.labels(task.run).observe(spent.transfer_s)
+        self._metrics.encode_seconds.labels(task.run).observe(spent.encode_s)
+
+    def _count_corrupt(self, task: Task, error: CkptdError, known: set[str]) -> None:
+        """A peer's piece that does not match its checksums, once however often it is pulled for this fragment."""
+        if isinstance(error, SourceFailed) and isinstance(error.__cause__, Corrupt) and error.source:
+            if error.source.name not in known:
+                self._metrics.corrupt_total.labels(task.run, "memory").inc()
+            known.add(error.source.name)
 
     def _source(self, task: Task, record: GroupRecord, stripes: Stripes, position: int, piece: int) -> Source:
         image, first = record.images[position], piece * stripes.piece_blocks
@@ -198,6 +217,28 @@ class Protector:
             self._check_wanted(task)
 
         return _Attempt(name, self._deadline_s, pause)
+
+
+@dataclass(slots=True)
+class _Spent:
+    """Where the time of a fragment went; pauses between attempts are in neither."""
+
+    transfer_s: float = 0.0
+    encode_s: float = 0.0
+
+    def timed(self, parts: Iterator[T]) -> Iterator[T]:
+        """``parts``; the time to get one is transfer, the time until the next is asked for is encoding."""
+        while True:
+            began_s = time.monotonic()
+            try:
+                part = next(parts, None)
+            finally:
+                got_s = time.monotonic()
+                self.transfer_s += got_s - began_s
+            if part is None:
+                return
+            yield part
+            self.encode_s += time.monotonic() - got_s
 
 
 class _Attempt:

@@ -98,12 +98,24 @@ class Rebuilder:
         self._unlimited = TokenBucket(0)  # a job waits for a restore
 
     def rebuild(self, run: str, snapshot: SnapshotId, rank: int, holders: Sequence[Holder], target: Target) -> str:
-        """Fill ``target`` with ``rank``'s shard and seal it. Returns the source, ``PEER`` or ``RECONSTRUCTION``.
+        """Fill ``target`` with ``rank``'s shard and seal it. Returns the source, ``PEER`` or ``RECONSTRUCTION``. Nodes
+        at fault are asked only when those that are not do not suffice: a slow link would hold up the whole job.
 
         Raises:
             UnknownStep: no peer holds anything of it.
             RestoreFailed: something is held, but none of it will do; the message says what was wrong with each.
         """
+        sound = [holder for holder in holders if not holder.is_at_fault]
+        if len(sound) < len(holders):
+            try:
+                return self._rebuild_from(sound, run, snapshot, rank, target)
+            except CkptdError as error:
+                log.info("nodes at fault are asked", run=run, rank=rank, reason=error.message)
+        return self._rebuild_from(holders, run, snapshot, rank, target)
+
+    def _rebuild_from(
+        self, holders: Sequence[Holder], run: str, snapshot: SnapshotId, rank: int, target: Target
+    ) -> str:
         problems: list[str] = []
         for holder in (h for h in holders if rank in h.ranks.get(snapshot, ())):
             try:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -53,7 +53,8 @@ class Survey:
 
 
 class Cluster:
-    """See the module. ``record_of`` gives what this node remembers of a run."""
+    """See the module. ``record_of`` gives what this node remembers of a run, ``at_fault`` the nodes that the detector
+    has named, as far as it was told here."""
 
     def __init__(
         self,
@@ -61,12 +62,14 @@ class Cluster:
         channels: Channels,
         shelf: Shelf,
         record_of: Callable[[str], RunRecord | None],
+        at_fault: Callable[[str], Collection[str]],
     ) -> None:
         self._arena = arena
         self._channels = channels
         self._shelf = shelf
         self.address = ""
         self._record_of = record_of
+        self._at_fault = at_fault
         self.node_id = ""
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="survey")
         self._surveys: dict[str, tuple[float, Survey]] = {}
@@ -105,6 +108,7 @@ class Cluster:
         present = {e.address for e in entries if e.node_id and e.node_id != self.node_id and e.address}
         asked: set[str] = {self.address}
         lost: dict[str, str] = {}
+        at_fault = set(self._at_fault(run))
         wave = present
         while wave := wave - asked:
             asked |= wave
@@ -116,13 +120,15 @@ class Cluster:
                     lost[address] = answer.message
                     continue
                 holders.append(holder_from_inventory(answer, address))
+                at_fault.update(answer.at_fault)
                 for record in map(record_from_pb, answer.incarnations):
                     records[record.incarnation] = _merged(records.get(record.incarnation), record)
             wave = {entry.address for entry in _old_entries(records) if entry.address}
         here = {holder.node_id for holder in holders}
         gone = [entry for entry in _old_entries(records) if entry.node_id not in here]
         reasons = {entry.node_id: lost.get(entry.address, "another daemon answers there") for entry in gone}
-        return Survey(_distinct(holders), records, reasons)
+        marked = tuple(replace(h, is_at_fault=True) if h.node_id in at_fault else h for h in _distinct(holders))
+        return Survey(marked, records, reasons)
 
     def _ask(self, run: str, address: str, patience_s: float) -> pb.InventoryResponse | CkptdError:
         """One daemon's answer, or why there is none, after asking again for ``patience_s``."""

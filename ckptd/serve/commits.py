@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
 from ckptd.errors import CkptdError, CommitConflict
 from ckptd.format.manifest import Manifest, RankRecord
-from ckptd.model import SnapshotId
+from ckptd.model import Roster, SnapshotId
 from ckptd.tiers.retention import expendable
 from ckptd.tiers.tier import Tier
 
@@ -49,6 +50,22 @@ def expendable_in(tier: Tier, run: str, keeps: set[SnapshotId]) -> list[Snapshot
         except CkptdError as error:
             log.warning("checkpoint does not count as verified", run=run, snapshot=str(snapshot), reason=error.message)
     return [d.snapshot for d in expendable(stored, tier.spec.keep, verified, keeps, keeps)]
+
+
+def manifest_of_node(
+    run: str, snapshot: SnapshotId, parent: SnapshotId | None, roster: Roster, records: Sequence[RankRecord]
+) -> Manifest:
+    """The manifest of one node's ranks, for a tier of its own."""
+    return Manifest(
+        run=run,
+        snapshot=snapshot,
+        parent=parent,
+        world_size=roster.world_size,
+        roster_version=roster.version,
+        block_bytes=roster.block_bytes,
+        created_at_s=time.time(),
+        ranks=tuple(records),
+    )
 
 
 class NodeCommits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,19 +46,25 @@ class Drainer:
         self._tiers = tiers
         self._metrics = metrics
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="drain")
-        self._pending = 0
+        self._pending: deque[float] = deque()  # since when each waits: one thread ends them in their order
         self._changed = threading.Condition()
 
     def submit(self, drain: Drain) -> None:
         with self._changed:
-            self._pending += 1
-            self._metrics.drains_queued.set(self._pending)
+            self._pending.append(time.monotonic())
+            self._metrics.drains_queued.set(len(self._pending))
         self._pool.submit(self._run, drain)
+
+    @property
+    def oldest_s(self) -> float:
+        """Age of the oldest drain that has not ended; 0 when there is none."""
+        with self._changed:
+            return time.monotonic() - self._pending[0] if self._pending else 0.0
 
     def wait_idle(self, timeout_s: float) -> bool:
         """True once nothing is queued or under way."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._pending == 0, timeout_s)
+            return self._changed.wait_for(lambda: not self._pending, timeout_s)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -77,8 +84,8 @@ class Drainer:
             drain.report(*progress)
         finally:
             with self._changed:
-                self._pending -= 1
-                self._metrics.drains_queued.set(self._pending)
+                self._pending.popleft()
+                self._metrics.drains_queued.set(len(self._pending))
                 self._changed.notify_all()
 
     def _write(self, drain: Drain) -> list[pb.Progress]:
@@ -95,7 +102,7 @@ class Drainer:
         wanted = tiers_for(drain.snapshot.step, (tier.spec for tier in self._tiers))
         for tier in (tier for tier in self._tiers if tier.spec in wanted):
             record = tier.write_rank(drain.run, drain.snapshot, drain.rank, layout, slot.payload, slot.table)
-            self._metrics.bytes_total.labels(drain.run, "drained").inc(layout.payload_bytes)
+            self._metrics.bytes_total.labels(drain.run, "drained", tier.spec.label).inc(layout.payload_bytes)
             if tier.spec.scope == "node":
                 drain.commits.written(tier, drain.snapshot, record)
                 continue

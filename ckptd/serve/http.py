@@ -6,16 +6,17 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Page = Callable[[], tuple[int, bytes, str]]
+Page = Callable[[str], tuple[int, bytes, str]]
 
 
 def serve_http(host: str, port: int, pages: dict[str, Page]) -> ThreadingHTTPServer:
-    """Serve ``pages`` (path -> (status, body, content type)) on a thread; the server's ``shutdown`` ends it."""
+    """Serve ``pages`` on a thread, by path: each makes (status, body, content type) of the request's Accept header. The
+    server's ``shutdown`` ends it."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # the base class's name
             page = pages.get(self.path.split("?", 1)[0])
-            status, body, kind = page() if page else (404, b"not found\n", "text/plain")
+            status, body, kind = page(self.headers.get("Accept", "")) if page else (404, b"not found\n", "text/plain")
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))

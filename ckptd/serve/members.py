@@ -19,6 +19,7 @@ class Member:
     error: str = ""
     watched_pid: int = 0  # by pidfd: then the end of a stream alone is no death
     signal: int = 0  # that ended the process, when it is known
+    step_s: float = 0.0  # time of one of its steps, as it last said; 0: not known
 
     def go(self, state: Literal["left", "dead"], error: str = "") -> None:
         self.state, self.error, self.gone_s = state, error, time.monotonic()

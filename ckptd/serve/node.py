@@ -18,12 +18,11 @@ from ckptd.config import Settings
 from ckptd.erasure.groups import explain
 from ckptd.errors import Corrupt, DaemonUnreachable, InstanceChanged, InvalidRequest, UnknownRun
 from ckptd.files import write_atomic
-from ckptd.format.manifest import Manifest, RankRecord
 from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId, check_run_name
 from ckptd.peers.pace import Pace, Wish
 from ckptd.restore.inventory import MEMORY, record_in_tiers
-from ckptd.serve.commits import NodeCommits
+from ckptd.serve.commits import NodeCommits, manifest_of_node
 from ckptd.serve.coordinator import Coordinator
 from ckptd.serve.diagnosis.diagnosis import Diagnosis
 from ckptd.serve.drainer import Drainer
@@ -172,6 +171,7 @@ class Node:
                 return self._runs[key]
             if note := explain(roster):
                 log.warning("less protection than was asked for", run=run, reason=note)
+            self.metrics.begin_run(run)
             node_run = NodeRun(
                 run,
                 incarnation,
@@ -182,7 +182,9 @@ class Node:
                 self.drainer,
                 NodeCommits(
                     lambda: set(node_run.roster.ranks_of(self.node_id)),
-                    lambda snapshot, records: self._manifest(node_run, snapshot, records),
+                    lambda snapshot, records: manifest_of_node(
+                        run, snapshot, self.parent_of(run, incarnation), node_run.roster, records
+                    ),
                     lambda: self.draining_of(run),
                 ),
                 self.metrics,
@@ -242,19 +244,6 @@ class Node:
             here.report()  # what another node's report has changed is news to this one's ranks
         return pb.ReportResponse(watermarks=marks, instance=self.instance)
 
-    def _manifest(self, node_run: NodeRun, snapshot: SnapshotId, records: list[RankRecord]) -> Manifest:
-        """The manifest of this node's ranks, for a tier of its own."""
-        return Manifest(
-            run=node_run.run,
-            snapshot=snapshot,
-            parent=self.parent_of(node_run.run, node_run.incarnation),
-            world_size=node_run.roster.world_size,
-            roster_version=node_run.roster.version,
-            block_bytes=node_run.roster.block_bytes,
-            created_at_s=time.time(),
-            ranks=tuple(records),
-        )
-
     def node_run(self, identity: Identity, run: str, incarnation: Incarnation) -> NodeRun:
         """The run as joined here; InstanceChanged when this instance does not know it (join again)."""
         self.record_for_join(identity, run)
@@ -277,6 +266,9 @@ class Node:
     def find_run(self, run: str, incarnation: Incarnation) -> NodeRun | None:
         """The incarnation as taken up here."""
         return self._runs.get((run, incarnation))
+
+    def nodes_at_fault(self, run: str) -> frozenset[str]:
+        return self.diagnosis.nodes_at_fault(run)
 
     def records_of(self, run: str) -> RunRecord | None:
         return self.records.get(run)
@@ -303,8 +295,12 @@ class Node:
                 return
             if not known.is_ended:
                 self._remember(record, replace(known, is_ended=True))
+            elif not is_overtaken:
+                return
             if is_overtaken:
                 self._drop(key)
+            if self.is_ended(node_run.run):
+                self.metrics.forget_run(node_run.run)
 
     def forget(self, run: str) -> None:
         """Drop a run's slots and record from memory: its checkpoints in the tiers stay."""

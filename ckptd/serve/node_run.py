@@ -26,6 +26,7 @@ from ckptd.serve.commits import NodeCommits
 from ckptd.serve.drainer import Drain, Drainer
 from ckptd.serve.members import Member
 from ckptd.serve.reporter import Reporter
+from ckptd.serve.run_metrics import RunMetrics
 from ckptd_api.convert import incarnation_to_pb, snapshot_from_pb
 from ckptd_api.v1 import coordinator_pb2 as pb
 from ckptd_api.v1 import types_pb2
@@ -82,7 +83,7 @@ class NodeRun:
         self._instance = instance
         self._arena = arena
         self._drainer = drainer
-        self._metrics = metrics
+        self._figures = RunMetrics(metrics, run, self._sealed_at_s)
         self._commits = commits
         self._link = link
         self._on_marks = on_marks
@@ -91,7 +92,6 @@ class NodeRun:
         self.reporter = Reporter(self)
         self._drain_leases: dict[int, dict[int, Lease]] = {}
         self._adopting: set[tuple[int, int]] = set()
-        self._dead_seen: set[int] = set()
 
     # --- ranks ---------------------------------------------------------------------------------------------------
     def join(self, rank: int, pid: int) -> None:
@@ -99,7 +99,6 @@ class NodeRun:
             known = self.ranks.get(rank)
             if known is None or known.pid != pid or known.state != "joined":  # else: it brings a later roster
                 self.ranks[rank] = Member(pid)
-        self._metrics.ranks.labels(self.run).set(self._alive())
 
     def prepare_slots(self, count: int) -> None:
         """Start to make ``count`` slots for each rank here, of the size that it expects to need."""
@@ -116,7 +115,6 @@ class NodeRun:
             if rank in self.ranks:
                 self.ranks[rank].go(state, error)
         self._arena.release_holder(self.holder(rank))
-        self._metrics.ranks.labels(self.run).set(self._alive())
         for slot in self._arena.slots_of(self.run, rank):
             header = slot.header
             if slot.state is SlotState.WRITING and header and header.snapshot.incarnation == self.incarnation:
@@ -217,6 +215,11 @@ class NodeRun:
                 found.add(record.snapshot)
         return found
 
+    def _sealed_at_s(self, step: int) -> float | None:
+        slots = self._arena.sealed(self.run)
+        snapshot = SnapshotId(self.incarnation, step)
+        return max((h.sealed_at_s for s in slots if (h := s.header) and h.snapshot == snapshot), default=None)
+
     def protection(
         self, level: pb.Level.ValueType, snapshot: SnapshotId, reason: str = "", version: int | None = None
     ) -> pb.Progress:
@@ -230,6 +233,8 @@ class NodeRun:
         )
 
     def report_pace(self, rank: int, step: int, step_s: float, stall_s: float) -> None:
+        if rank in self.ranks:
+            self.ranks[rank].step_s = step_s
         self.reporter.report(paces=[pb.Pace(rank=rank, step=step, step_seconds=step_s, stall_seconds=stall_s)])
 
     def report(self, *progress: pb.Progress) -> None:
@@ -270,7 +275,7 @@ class NodeRun:
         with self.changed:
             if marks == self.watermarks:
                 return
-            self._count(self.watermarks, marks)
+            self._figures.follow(marks)
             self.watermarks = marks
             self.version += 1
             self.last_parity = self.parity_id() or self.last_parity
@@ -378,19 +383,3 @@ class NodeRun:
                 self._drain(snapshot, rank, lease)
                 return
         self._arena.release(lease.id)
-
-    def _count(self, old: types_pb2.Watermarks, new: types_pb2.Watermarks) -> None:
-        for level in ("staged", "protected", "durable"):
-            if new.HasField(level) and (not old.HasField(level) or getattr(new, level) != getattr(old, level)):
-                self._metrics.snapshot_step.labels(self.run, level).set(getattr(new, level))
-                self._metrics.snapshot_timestamp_seconds.labels(self.run, level).set_to_current_time()
-        fresh = {outcome.step for outcome in new.dead} - self._dead_seen
-        self._metrics.dead_steps_total.labels(self.run).inc(len(fresh))
-        self._dead_seen = {outcome.step for outcome in new.dead}
-        failed = {o.step for o in new.not_durable if o.error == "DrainFailed"}
-        if self.groups:
-            self._metrics.losses_tolerated.labels(self.run).set(new.losses_tolerated)  # 0 while nothing is protected
-        before = {o.step for o in old.not_durable if o.error == "DrainFailed"}
-        self._metrics.commits_total.labels(self.run, "failed").inc(len(failed - before))
-        if new.HasField("durable") and (not old.HasField("durable") or new.durable != old.durable):
-            self._metrics.commits_total.labels(self.run, "committed").inc()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import grpc
@@ -20,6 +20,7 @@ from ckptd.errors import (
     SlotNotReady,
     StepDead,
     StepRepeated,
+    Torn,
 )
 from ckptd.failpoints import failpoint
 from ckptd.format.blocks import SlotLayout
@@ -27,12 +28,13 @@ from ckptd.format.slot import SlotHeader, SlotState
 from ckptd.model import Segment, SnapshotId, check_run_name
 from ckptd.peers.pace import Pace, Wish
 from ckptd.restore.candidates import find_step, order_candidates
-from ckptd.restore.inventory import available, check_nothing_lost, explain_lost, incarnations
+from ckptd.restore.inventory import MEMORY, available, check_nothing_lost, explain_lost, incarnations
 from ckptd.serve.bulk import receive
 from ckptd.serve.node import Node
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.preparing import prepare_slots
 from ckptd.serve.rpc import caller
+from ckptd.serve.run_metrics import tier_label
 from ckptd.serve.sessions import Identity
 from ckptd.tiers.tier import Tier
 from ckptd_api.convert import (
@@ -175,7 +177,6 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         except SlotNotReady:
             raise
         except CkptdError as error:
-            self._node.metrics.skips_total.labels(run.run, type(error).__name__).inc()
             run.report(run.dead(request.rank, request.step, type(error).__name__, str(error)))
             raise
         run.report(_progress(slot, coordinator_pb2.LEVEL_BEGUN))
@@ -202,7 +203,9 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         header = slot.seal(request.index_crc)
         metrics = self._node.metrics
         metrics.seal_seconds.labels(run.run).observe(time.monotonic() - started)
-        metrics.bytes_total.labels(run.run, "captured").inc(header.layout.payload_bytes)
+        metrics.bytes_total.labels(run.run, "captured", MEMORY).inc(header.layout.payload_bytes)
+        if 0 < request.capture_seconds < math.inf:
+            metrics.capture_seconds.labels(run.run).observe(request.capture_seconds)
         failpoint("seal.before_report")
         run.report(_progress(slot, coordinator_pb2.LEVEL_STAGED))
         failpoint("seal.after_report")
@@ -215,9 +218,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             slot = self._slot_to_write(request.slot, request.generation)
             if slot.state is SlotState.WRITING:  # sealed after all: then the recycle rule decides
                 self._node.arena.free(slot)
-        self._node.metrics.skips_total.labels(run.run, outcome.error or "StepDead").inc()
-        if outcome.error == "Torn":
-            self._node.metrics.torn_total.labels(run.run).inc()
+        self._count_skips(run, request.skipped)
         run.report(run.dead(request.rank, outcome.step, outcome.error, outcome.reason))
         return pb.DropResponse()
 
@@ -225,6 +226,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         run = self._run(request)
         if not (math.isfinite(request.step_seconds) and math.isfinite(request.stall_seconds)):
             raise InvalidRequest("step and stall seconds must be finite")
+        self._count_skips(run, request.skipped)
         run.report_pace(request.rank, request.step, request.step_seconds, request.stall_seconds)
         if request.stall_seconds >= 0:
             self._node.metrics.stall_seconds.labels(run.run).observe(request.stall_seconds)
@@ -284,7 +286,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         place = "tier" if "://" in source else source
         metrics = self._node.metrics
         metrics.restore_seconds.labels(run.run, place).observe(time.monotonic() - started)
-        metrics.bytes_total.labels(run.run, "restored").inc(header.layout.payload_bytes)
+        tier = tier_label(source, self._node.tiers)
+        metrics.bytes_total.labels(run.run, "restored", tier).inc(header.layout.payload_bytes)
         return pb.FetchResponse(
             slot=lease.slot.id,
             generation=lease.slot.generation,
@@ -314,6 +317,13 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         self._check_owner(self._node.arena.leased(request.lease))
         self._node.arena.release(request.lease)
         return pb.ReleaseResponse()
+
+    def _count_skips(self, run: NodeRun, skipped: Mapping[str, int]) -> None:
+        for name, count in skipped.items():
+            reason = name if name in CkptdError.registry else CkptdError.__name__  # labels are bounded, whoever asks
+            self._node.metrics.skips_total.labels(run.run, reason).inc(count)
+            if reason == Torn.__name__:
+                self._node.metrics.torn_total.labels(run.run).inc(count)
 
     # --- checks ----------------------------------------------------------------------------------------------------
     def _run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ckptd.arena.arena import Arena
 from ckptd.arena.records import IncarnationRecord
@@ -38,7 +38,7 @@ def held_here(arena: Arena, run: str, node_id: str, address: str) -> Holder:
 
 
 def inventory_to_pb(
-    holder: Holder, instance: int, owner: str, records: Iterable[IncarnationRecord]
+    holder: Holder, instance: int, owner: str, records: Iterable[IncarnationRecord], at_fault: Collection[str]
 ) -> pb.InventoryResponse:
     return pb.InventoryResponse(
         node_id=holder.node_id,
@@ -51,6 +51,7 @@ def inventory_to_pb(
         ],
         parity=[parity_to_pb(parity) for parity in holder.parity],
         incarnations=[record_to_pb(record) for record in records],
+        at_fault=sorted(at_fault),
     )
 
 
@@ -72,12 +73,14 @@ def holder_to_pb(holder: Holder, snapshot: SnapshotId) -> pb.Holder:
         address=holder.address,
         ranks=sorted(holder.ranks.get(snapshot, ())),
         parity=[parity_to_pb(p) for p in holder.parity if p.snapshot == snapshot],
+        is_at_fault=holder.is_at_fault,
     )
 
 
 def holder_from_pb(message: pb.Holder, snapshot: SnapshotId) -> Holder:
     ranks = {snapshot: frozenset(message.ranks)} if message.ranks else {}
-    return Holder(message.node_id, message.address, ranks, {}, tuple(parity_from_pb(p) for p in message.parity))
+    parity = tuple(parity_from_pb(p) for p in message.parity)
+    return Holder(message.node_id, message.address, ranks, {}, parity, message.is_at_fault)
 
 
 def parity_to_pb(parity: ParityHeld) -> pb.HeldParity:

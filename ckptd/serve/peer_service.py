@@ -12,6 +12,7 @@ from ckptd.format.image import encode_group, encode_image
 from ckptd.model import check_run_name
 from ckptd.peers.probing import echo
 from ckptd.peers.transport import encode_blocks
+from ckptd.restore.inventory import MEMORY
 from ckptd.serve.diagnosis.node_speed import measure_speed
 from ckptd.serve.diagnosis.prober import Prober
 from ckptd.serve.node import Node
@@ -40,6 +41,7 @@ class PeerService(peers_pb2_grpc.PeerServiceServicer):
             node.instance,
             record.owner if record else "",
             record.incarnations.values() if record else (),
+            node.nodes_at_fault(request.run),
         )
 
     def DescribeImage(
@@ -70,7 +72,7 @@ class PeerService(peers_pb2_grpc.PeerServiceServicer):
             stream = shelf.read_parity(
                 run, snapshot, request.parity.group, fragment.stripe, fragment.row, first, blocks, batch
             )
-        served = self._node.metrics.bytes_total.labels(run, "served")
+        served = self._node.metrics.bytes_total.labels(run, "served", MEMORY)
         for part in stream:
             if len(part.data) > _MOST_BATCH_BYTES:
                 raise InvalidRequest(f"a batch may have {_MOST_BATCH_BYTES} bytes, not {len(part.data)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import grpc
@@ -38,6 +38,8 @@ class Hooks(Protocol):
 
     def marks_of(self, run: str) -> RunMarks: ...
 
+    def nodes_at_fault(self, run: str) -> Collection[str]: ...
+
     def on_corrupt(self, run: str, place: str, problem: str) -> None: ...
 
 
@@ -47,7 +49,7 @@ class Peering:
     def __init__(self, settings: Settings, arena: Arena, tiers: Sequence[Tier], metrics: Metrics, node: Hooks) -> None:
         self.channels = Channels(_credentials(settings))
         self.shelf = Shelf(arena)
-        self.cluster = Cluster(arena, self.channels, self.shelf, node.records_of)
+        self.cluster = Cluster(arena, self.channels, self.shelf, node.records_of, node.nodes_at_fault)
         self._remote = GrpcTransport(self.channels, settings.peer_silence_s)
         self._local = LocalTransport(self.shelf)
         self.protector = Protector(

@@ -7,6 +7,7 @@ be sent is kept and goes first the next time. Invariant: answers are applied in 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -59,6 +60,8 @@ class Reporter:
         self._queue = threading.Lock()
         self._sending = threading.Lock()
         self._coordinator = 0  # the instance of it that answered last
+        self._answered_s = time.monotonic()
+        self._under_way = 0
         self._is_due = threading.Event()
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -89,6 +92,17 @@ class Reporter:
         if self._coordinator == 0 and self.problem is not None:
             raise self.problem
 
+    @property
+    def silent_s(self) -> float:
+        """Since the coordinator last answered, or since this was made."""
+        return time.monotonic() - self._answered_s
+
+    @property
+    def queued(self) -> int:
+        """Progress that the coordinator has not taken yet."""
+        with self._queue:
+            return len(self._progress) + self._under_way
+
     def close(self) -> None:
         self._is_closed = True
         self._is_due.set()
@@ -111,17 +125,20 @@ class Reporter:
         with self._sending:
             with self._queue:
                 progress, paces, self._progress, self._paces = self._progress, self._paces, [], []
+                self._under_way = len(progress)
             try:
                 answer = self._reported.send(self._reported.request(progress, paces))
             except CkptdError as error:
                 # What the coordinator will never take is dropped; all else goes again: a lost word may be waited for.
-                if not isinstance(error, InvalidRequest | NotPermitted):
-                    self._requeue(progress)
+                self._requeue([] if isinstance(error, InvalidRequest | NotPermitted) else progress)
                 self._note(error)
                 return
             except BaseException:
                 self._requeue(progress)
                 raise
+            with self._queue:
+                self._under_way = 0
+            self._answered_s = time.monotonic()
             self._note(None)
             is_new = self._coordinator not in (0, answer.instance)
             self._coordinator = answer.instance
@@ -132,6 +149,7 @@ class Reporter:
     def _requeue(self, progress: Sequence[pb.Progress]) -> None:
         with self._queue:
             self._progress = [*progress, *self._progress][-_MOST_UNSENT:]
+            self._under_way = 0
 
     def _note(self, problem: CkptdError | None) -> None:
         if (problem is None) != (self.problem is None):

@@ -30,6 +30,7 @@ from ckptd.erasure.holdings import Holder
 from ckptd.errors import CkptdError, Corrupt, NoSlot
 from ckptd.model import SnapshotId
 from ckptd.peers.rate import TokenBucket
+from ckptd.restore.inventory import MEMORY
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.verification import (
     Copy,
@@ -166,7 +167,7 @@ class Scrubber:
     def _scrub(self, copy: Copy, bucket: TokenBucket) -> None:
         try:
             for size_bytes in self._read(copy):
-                self._node.metrics.bytes_total.labels(copy.run, "scrubbed").inc(size_bytes)
+                self._node.metrics.bytes_total.labels(copy.run, "scrubbed", MEMORY).inc(size_bytes)
                 bucket.take(size_bytes)
                 self._tick()
                 if self._stop.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -17,10 +18,10 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ckptd.config import Settings, fd_socket_path, parse_host_port
-from ckptd.errors import CkptdError, InvalidRequest, NotPermitted
+from ckptd.errors import InvalidRequest, NotPermitted
 from ckptd.serve.diagnosis.pictures import pictures_here
 from ckptd.serve.fd_socket import FdSocket
-from ckptd.serve.http import serve_http
+from ckptd.serve.http import Page, serve_http
 from ckptd.serve.logs import configure_logging
 from ckptd.serve.node import Node
 from ckptd.serve.node_service import NodeService
@@ -28,6 +29,8 @@ from ckptd.serve.operator_service import OperatorService
 from ckptd.serve.peer_service import PeerService
 from ckptd.serve.rpc import Boundary, caller
 from ckptd.serve.sessions import Identity
+from ckptd.serve.systemd import Pulse, Systemd, call_check, describe, upkeep_check
+from ckptd.serve.tier_watch import TierWatch
 from ckptd.serve.upkeep import Upkeep
 from ckptd.tiers.tier import Tier
 from ckptd_api.convert import incarnation_from_pb
@@ -114,22 +117,29 @@ class _RawBulk:
 def serve(settings: Settings) -> int:
     """Run the daemon until SIGTERM or SIGINT. Exit code 0, or 3 when drains were left to the next start."""
     configure_logging(settings.log_level, is_json=settings.log_json)
+    faulthandler.enable()  # a watchdog ends what is wedged by SIGABRT: the log then says where every thread was
+    systemd = Systemd.from_environment(os.environ)
+    systemd.tell(STATUS="taking up what is in the arena")
     tiers = _open_tiers(settings)
     node = Node(settings, tiers)
     node.open()
-    upkeep = Upkeep(node)
+    upkeep, tier_watch = Upkeep(node), TierWatch(tiers, node.metrics)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     socket_path = Path(settings.socket)
+    checks = [upkeep_check(upkeep, systemd.silence_s), call_check(socket_path)]
+    pulse = Pulse(systemd, checks, lambda: describe(node))
     fd_socket = FdSocket(fd_socket_path(socket_path), node.sessions, node.instance, _slot_opener(node))
     server, services_up = _grpc_server(settings, node, socket_path)
+    node.metrics.node.info({"node": node.node_id, "address": node.address})
     web = None
     if settings.http:
-        web = serve_http(*parse_host_port(settings.http), _pages(node, services_up))
+        web = serve_http(*parse_host_port(settings.http), _pages(node, tier_watch, pulse))
     fd_socket.start()
     server.start()
     upkeep.start()
+    tier_watch.start()
     node.scrubber.start()
     node.diagnosis.start()
     if settings.allow_group:
@@ -137,12 +147,15 @@ def serve(settings: Settings) -> int:
     socket_path.chmod(0o660)
     services_up.set("", health_pb2.HealthCheckResponse.SERVING)
     log.info("serving", socket=str(socket_path), listen=settings.listen, http=settings.http, node=node.node_id)
-    _notify_ready()
+    pulse.start()
     stop.wait()
+    pulse.begin_stopping()
     log.info("stopping", drain_deadline_s=settings.drain_deadline_s)
     services_up.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     is_done = node.finish_drains(settings.drain_deadline_s)
+    pulse.close()
     upkeep.close()
+    tier_watch.close()
     node.close()
     server.stop(grace=0.5).wait()
     fd_socket.close()
@@ -217,32 +230,19 @@ def _slot_opener(node: Node) -> Callable[[Identity, str, bool], tuple[int, int]]
     return open_slot
 
 
-def _pages(node: Node, services_up: health.HealthServicer) -> dict[str, Callable[[], tuple[int, bytes, str]]]:
-    def metrics() -> tuple[int, bytes, str]:
-        body, kind = node.metrics.render()
-        return 200, body, kind
+def _pages(node: Node, tier_watch: TierWatch, pulse: Pulse) -> dict[str, Page]:
+    def metrics(accept: str) -> tuple[int, bytes, str]:
+        return 200, *node.metrics.render(accept)
 
-    def ready() -> tuple[int, bytes, str]:
-        problems = []
-        for tier in node.tiers:
-            try:
-                tier.probe()
-            except CkptdError as error:
-                problems.append(str(error))
+    def ready(_: str) -> tuple[int, bytes, str]:
+        problems = tier_watch.problems()
         text = "\n".join(problems) or "ok"
         return (503 if problems else 200), (text + "\n").encode(), "text/plain"
 
-    return {"/metrics": metrics, "/livez": lambda: (200, b"ok\n", "text/plain"), "/readyz": ready}
+    def alive(_: str) -> tuple[int, bytes, str]:
+        return (503 if pulse.problem else 200), f"{pulse.problem or 'ok'}\n".encode(), "text/plain"
 
-
-def _notify_ready() -> None:
-    """Tell systemd (Type=notify), when it asked: sd_notify(3)."""
-    target = os.environ.get("NOTIFY_SOCKET")
-    if not target:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.connect("\0" + target[1:] if target.startswith("@") else target)
-        notify.send(b"READY=1")
+    return {"/metrics": metrics, "/livez": alive, "/readyz": ready}
 
 
 def _open_tiers(settings: Settings) -> list[Tier]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Final
 
 import structlog
 
+from ckptd.failpoints import failpoint
 from ckptd.format.slot import SlotState
 from ckptd.serve.node import Node
+from ckptd.serve.node_gauges import observe
 
 _TICK_S: Final = 0.5
 log = structlog.get_logger()
@@ -21,9 +24,16 @@ class Upkeep:
         self._node = node
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+        self._ticked_at_s = time.monotonic()
 
     def start(self) -> None:
+        self._ticked_at_s = time.monotonic()
         self._thread.start()
+
+    @property
+    def silent_s(self) -> float:
+        """Since it last came round: more than a moment means that it is stuck."""
+        return time.monotonic() - self._ticked_at_s
 
     def close(self) -> None:
         self._stop.set()
@@ -35,8 +45,10 @@ class Upkeep:
                 self._tick()
             except Exception:  # a thread's boundary: the next tick tries again
                 log.exception("upkeep failed")
+            self._ticked_at_s = time.monotonic()
 
     def _tick(self) -> None:
+        failpoint("upkeep.tick")
         node = self._node
         node.arena.expire_leases()
         for coordinator in node.coordinators():
@@ -48,7 +60,7 @@ class Upkeep:
             except Exception:  # one run's trouble is not the others'
                 log.exception("upkeep of a run failed", run=run.run)
         self._drop_orphans()
-        self._observe()
+        observe(node)
 
     def _drop_orphans(self) -> None:
         """Free slots being written by a client that is gone and will not join again."""
@@ -64,12 +76,3 @@ class Upkeep:
                 node.arena.free(slot)
                 if run:
                     run.report(run.dead(header.rank, header.snapshot.step, "StepDead", "its writer is gone"))
-
-    def _observe(self) -> None:
-        node, metrics = self._node, self._node.metrics
-        states = [slot.state for slot in node.arena.slots()]
-        for state in SlotState:
-            metrics.slots.labels(state.name.lower()).set(states.count(state))
-        metrics.memory_used_bytes.set(node.arena.used_bytes)
-        metrics.memory_budget_bytes.set(node.settings.memory_bytes)
-        metrics.sessions.set(len(node.sessions))

@@ -35,6 +35,7 @@ from ckptd.peers.transport import Piece, Transport, batch_blocks
 from ckptd.restore.inventory import MEMORY
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.peer_messages import held_here
+from ckptd.serve.run_metrics import tier_label
 from ckptd_api.convert import snapshot_from_pb, snapshot_to_pb
 from ckptd_api.v1 import operator_pb2 as pb
 
@@ -258,6 +259,7 @@ class _Copies(NamedTuple):
     """One line of what is verified: ``read`` yields bytes done and findings."""
 
     run: str
+    tier: str
     size_bytes: int
     read: Callable[[], Iterator[int | pb.Finding]]
 
@@ -283,7 +285,7 @@ def verify(node: Node, rows: list[pb.CheckpointRow]) -> Iterator[pb.VerifyRespon
             else:
                 answer.findings.append(event)
             yield answer
-        node.metrics.bytes_total.labels(copies.run, "verified").inc(copies.size_bytes)
+        node.metrics.bytes_total.labels(copies.run, "verified", copies.tier).inc(copies.size_bytes)
         answer.ClearField("findings")
         answer.copies_checked += 1
         answer.bytes_done = begin = end
@@ -292,7 +294,8 @@ def verify(node: Node, rows: list[pb.CheckpointRow]) -> Iterator[pb.VerifyRespon
 
 def _of_row(node: Node, row: pb.CheckpointRow) -> _Copies:
     read = _read_memory if row.source == MEMORY else _read_tier
-    return _Copies(row.run, row.size_bytes, partial(read, node, row))
+    tier = tier_label(row.source, node.tiers)
+    return _Copies(row.run, tier, row.size_bytes, partial(read, node, row))
 
 
 def _of_parity(node: Node, run: str, snapshot: SnapshotId) -> _Copies | None:
@@ -301,7 +304,7 @@ def _of_parity(node: Node, run: str, snapshot: SnapshotId) -> _Copies | None:
     ]
     size_bytes = sum(held.fragment_bytes for file in files if (held := file.header))
     ids = [file.id for file in files]
-    return _Copies(run, size_bytes, partial(_read_parity, node, run, snapshot, ids)) if ids else None
+    return _Copies(run, MEMORY, size_bytes, partial(_read_parity, node, run, snapshot, ids)) if ids else None
 
 
 def _read_memory(node: Node, row: pb.CheckpointRow) -> Iterator[int | pb.Finding]:
@@ -360,7 +363,9 @@ def _read_tier(node: Node, row: pb.CheckpointRow) -> Iterator[int | pb.Finding]:
 
     def read() -> None:
         try:
-            events.put(tier.verify(row.run, snapshot_from_pb(row.snapshot), events.put))
+            problems = tier.verify(row.run, snapshot_from_pb(row.snapshot), events.put)
+            node.metrics.corrupt_total.labels(row.run, "tier").inc(len(problems))
+            events.put(problems)
         except CkptdError as error:
             events.put([error.message])
         except Exception as error:  # noqa: BLE001  a thread's boundary: the reader must hear of the end
@@ -369,6 +374,5 @@ def _read_tier(node: Node, row: pb.CheckpointRow) -> Iterator[int | pb.Finding]:
     threading.Thread(target=read, name="verify", daemon=True).start()
     while isinstance(event := events.get(), int):
         yield event
-    node.metrics.corrupt_total.labels(row.run, "tier").inc(len(event))
     for problem in event:
         yield pb.Finding(source=row.source, snapshot=row.snapshot, problem=problem)

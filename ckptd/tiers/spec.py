@@ -48,6 +48,11 @@ class TierSpec:
         """The root folder."""
         return Path(self.url.removeprefix(_SCHEME))
 
+    @property
+    def label(self) -> str:
+        """What metrics call it, scope and scheme, as "shared-file": never a path."""
+        return f"{self.scope}-{self.url.partition('://')[0]}"
+
     @classmethod
     def parse(cls, text: str) -> TierSpec:
         """``URL[,scope=..][,every=..][,keep=..][,codec=..]`` as a value; InvalidRequest naming the part that is wrong.

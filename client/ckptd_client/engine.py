@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -38,7 +39,9 @@ class CaptureEngine:
     has joined; its mappings are dropped when the daemon restarts."""
 
     def __init__(self, link: Link, device: torch.device | None) -> None:
-        self.skipped: dict[str, int] = {}
+        self.skipped: Counter[str] = Counter()
+        self._untold: Counter[str] = Counter()  # of them, those that the daemon has not heard of
+        self._telling = threading.Lock()
         self.patience = Patience()
         self._link = link
         self._device = device
@@ -101,9 +104,11 @@ class CaptureEngine:
             failpoint("client.before_begin")
             granted = self._begin(capture)
             slot, generation = granted.slot, granted.generation
+            began_s = time.monotonic()
             self._copy(capture, granted)
+            capture_s = time.monotonic() - began_s
             failpoint("client.before_seal")
-            self._seal(capture, granted)
+            self._seal(capture, granted, capture_s)
             self.patience.refill()
             failpoint("client.after_seal")
         except CkptdError as error:
@@ -184,7 +189,7 @@ class CaptureEngine:
             self._bindings[key, address] = binding
         return binding
 
-    def _seal(self, capture: Capture, granted: node_pb2.BeginResponse) -> None:
+    def _seal(self, capture: Capture, granted: node_pb2.BeginResponse, capture_s: float) -> None:
         """Seal, also across a restart of the daemon: it adopts the slot while we hold it mapped."""
         link = self._link
         request = node_pb2.SealRequest(
@@ -195,6 +200,7 @@ class CaptureEngine:
             slot=granted.slot,
             generation=granted.generation,
             index_crc=capture.index_crc,
+            capture_seconds=capture_s,
         )
         until = time.monotonic() + _REJOIN_S
         while True:
@@ -219,10 +225,7 @@ class CaptureEngine:
             slot=slot,
             generation=generation,
         )
-        try:
-            link.daemon.call("Drop", request, _CALL_S)
-        except CkptdError as failure:
-            log.debug("drop of step %d not reported: %s", step, failure)
+        self._tell("Drop", request)
 
     def _report_pace(self, step: int, step_s: float, stall_s: float) -> None:
         link = self._link
@@ -236,11 +239,21 @@ class CaptureEngine:
             step_seconds=step_s,
             stall_seconds=stall_s,
         )
+        self._tell("ReportPace", request)
+
+    def _tell(self, method: str, request: node_pb2.DropRequest | node_pb2.ReportPaceRequest) -> None:
+        """Send it with the skips that the daemon has not heard of; what it does not take is told the next time."""
+        with self._telling:
+            told, self._untold = self._untold, Counter()
+        request.skipped.update(told)
         try:
-            link.daemon.call("ReportPace", request, _CALL_S)
+            self._link.daemon.call(method, request, _CALL_S)
         except CkptdError as failure:
-            log.debug("pace not reported: %s", failure)
+            log.debug("%s not taken: %s", method, failure)
+            with self._telling:
+                self._untold += told
 
     def _count(self, error: CkptdError) -> None:
-        name = type(error).__name__
-        self.skipped[name] = self.skipped.get(name, 0) + 1
+        with self._telling:
+            self.skipped[type(error).__name__] += 1
+            self._untold[type(error).__name__] += 1

@@ -66,6 +66,21 @@ def test_rows_go_once_and_after_the_communicators_that_they_name(heartbeat: Hear
     assert (link.last.run, link.last.rank, link.last.incarnation) == ("run", 0, link.incarnation)
 
 
+def test_the_end_of_a_step_is_told_at_once_when_the_last_beat_is_long_ago(
+    tapped: Collection, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat_module, "INTERVAL_S", 4 * SOON_S)
+    monkeypatch.setattr(heartbeat_module, "_REST", 0.0)
+    beating = Heartbeat(tapped, link)
+    beating.start()
+    try:
+        wait_until(lambda: beating._thread.is_alive(), "the thread")
+        tapped.steps.mark(1)
+        wait_until(lambda: link.requests and link.last.heartbeat.step == 1, "a beat", SOON_S)
+    finally:
+        beating.close(0.0)
+
+
 def test_counts_say_what_was_entered_and_what_ended(heartbeat: Heartbeat, link: Link) -> None:
     dist.barrier()
     work = stuck()

@@ -11,6 +11,7 @@ import pytest
 from fleet import MakeFleet
 from harness import DaemonProcess, wait_until
 from processes import run_cli
+from shard_ranks import ShardJob
 from timing_ranks import TimingJob
 
 from ckptd.cli import channel
@@ -61,6 +62,29 @@ def test_a_slow_rank_is_named_on_every_daemon_and_resolved_once_it_is_not(make_f
         assert "rank 2" in fault["evidence"]["summary"]
     wait_until(lambda: is_known({}, []), "the fault to be over", 60)
     assert [fault["ranks"] for fault in faults(fleet.daemons[3], has_resolved=True)] == [[2]]
+
+
+def test_the_restore_after_a_fault_asks_the_node_at_fault_last(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(4)
+    job = TimingJob(fleet.daemons, protect="2+2")
+    job.save(1)
+    job.wait_protected(1)
+    job.run_steps(40)
+
+    def is_confirmed() -> bool:
+        job.run_steps(10, {2: 0.13})
+        time.sleep(PACE_S)
+        return all([f["confidence"] for f in faults(daemon)] == ["confirmed"] for daemon in fleet.daemons)
+
+    wait_until(is_confirmed, "the fault to be confirmed everywhere", 60)
+    first, second, third, fourth = fleet.daemons
+    moved = ShardJob([second, first, fourth, third], protect="2+2")
+    assert moved.restore()[1] == {0: "peer", 1: "peer", 2: "reconstruction", 3: "peer"}
+    fleet.lose(0, 1)  # without the node at fault nothing is whole now
+    fleet.replace(0, 1)
+    left = ShardJob([fleet.daemons[0], fleet.daemons[1], fourth, third], protect="2+2")
+    _, sources = left.restore()
+    assert sources[0] == sources[1] == "reconstruction"
 
 
 @pytest.mark.slow

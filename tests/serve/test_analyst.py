@@ -59,6 +59,16 @@ def test_what_is_told_is_made_once_a_second_however_many_nodes_ask(monkeypatch: 
     assert len(made) == 2
 
 
+def test_it_is_time_for_a_look_once_every_node_has_reported_since_the_last() -> None:
+    here = analyst()
+    here.take(report("n1", 2, 3), 0.0)
+    assert not here.is_complete
+    here.take(report("n0", 0, 1), 0.1)
+    assert here.is_complete
+    here.tick(0.2)
+    assert not here.is_complete
+
+
 def test_a_fault_is_told_at_once() -> None:
     here = analyst()
     assert not told(here, 0.0).faults

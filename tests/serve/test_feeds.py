@@ -62,6 +62,16 @@ def test_a_rank_that_could_not_be_told_of_for_long_sends_its_newest_steps() -> N
     assert steps_of(told(feed)) == list(range(last - KEPT_STEPS + 1, last + 1))
 
 
+def test_there_is_news_of_ranks_once_each_was_heard_of_since_the_last_report() -> None:
+    feed = NodeFeed(2)
+    feed.take(report(0, 5, entry(0, "w")), 0.0)
+    assert not feed.has_news_of([0, 1])
+    feed.take(report(0, 5, entry(0, "w"), rank=1), 0.0)
+    assert feed.has_news_of([0, 1])
+    told(feed, 0, 1)
+    assert not feed.has_news_of([0, 1])
+
+
 def test_an_analyst_that_is_new_is_told_the_newest_steps_and_those_that_came_since_once() -> None:
     feed = NodeFeed(2)
     feed.begin("a")

@@ -61,6 +61,7 @@ class Analyst:
         self._judge = Judge([entry.node_id for entry in roster.entries])
         self._communicators: dict[str, Communicator] = {}
         self._has_news = False
+        self._reported: set[str] = set()  # nodes, since the last look
         self._peers = Answers()
         self._lock = threading.Lock()
         self._told: tuple[tuple[str, bool], float, faults_pb2.RunFaults] | None = None
@@ -86,6 +87,7 @@ class Analyst:
         with self._lock:
             view = self._nodes.setdefault(request.node_id, _NodeView())
             view.heard_s = now_s
+            self._reported.add(request.node_id)
             view.health = health_from_pb(request.health)
             for entry in request.communicators:
                 known = communicator_from_pb(entry)
@@ -134,6 +136,7 @@ class Analyst:
     # --- judging -------------------------------------------------------------------------------------------------
     def tick(self, now_s: float) -> None:
         with self._lock:
+            self._reported.clear()
             states = self._states(now_s)
             has_changed = self._judge.look(states, self._communicators, now_s)
             peers = self._peers.newest()
@@ -169,6 +172,12 @@ class Analyst:
                 is_quiet = quiet_s > SILENT_S
                 states.append(replace(state, silent_s=state.silent_s + quiet_s) if is_quiet else state)
         return sorted(states, key=lambda state: state.rank)
+
+    @property
+    def is_complete(self) -> bool:
+        """Every node has reported since the last look: it is time for one."""
+        with self._lock:
+            return self._reported >= self._ranks_of.keys()
 
     @property
     def is_unsettled(self) -> bool:

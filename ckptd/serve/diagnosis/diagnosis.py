@@ -2,12 +2,14 @@
 
 A node reports to the first daemon of the roster that answers, the coordinator's as long as it does: so all agree on the
 analyst without asking one another. Nothing of it touches the job's process groups. One thread, once a second, and at
-once when a rank is gone; a daemon that does not answer costs one deadline, then it is passed over for a while.
+once when all have reported or a rank is gone; a daemon that does not answer costs one deadline, then it is passed over
+for a while.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,10 +27,13 @@ from ckptd.serve.diagnosis.acting import Actor
 from ckptd.serve.diagnosis.analyst import Analyst
 from ckptd.serve.diagnosis.feeds import NodeFeed
 from ckptd.serve.diagnosis.gauges import Gauges
-from ckptd.serve.diagnosis.messages import fault_row, health_to_pb, run_faults
+from ckptd.serve.diagnosis.health_gauges import HealthGauges
+from ckptd.serve.diagnosis.messages import fault_row, health_to_pb, nodes_named, run_faults
+from ckptd.serve.diagnosis.named import NamedNodes
 from ckptd.serve.diagnosis.peer_links import sample_of
 from ckptd.serve.diagnosis.reacting import Reactions
 from ckptd.serve.diagnosis.verifying import finding_from_pb
+from ckptd.serve.members import Member
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.processes import ProcessWatch
 from ckptd_api.convert import incarnation_from_pb, incarnation_to_pb
@@ -39,12 +44,16 @@ if TYPE_CHECKING:
     from ckptd.serve.node import Node
 
 BEAT_S: Final = 1.0
+# Of a pause: so soon the next look may come when every rank here has reported.
+_SOONEST: Final = 0.5
 # Ranks that went with the first to go are in the same report.
 _GATHER_S: Final = 0.05
 _CALL_S: Final = 2.0
 _PASSED_OVER_S: Final = 5.0
 _MOST_TRIED: Final = 3
 _AFTER_S: Final = 60.0
+# Until a job that died is started again its death is no news of the past.
+_AFTER_DEATH_S: Final = 3600.0
 _NODES_PER_SECOND: Final = 2000
 Key = tuple[str, Incarnation]
 log = structlog.get_logger()
@@ -58,8 +67,10 @@ class Diagnosis:
         self._feeds: dict[Key, NodeFeed] = {}
         self._analysts: dict[Key, Analyst] = {}
         self._told: dict[Key, faults_pb2.RunFaults] = {}
+        self._named = NamedNodes()
         self._reactions: dict[Key, Reactions] = {}
         self._gauges = Gauges(node.metrics)
+        self._health_gauges = HealthGauges(node.metrics)
         self._processes = ProcessWatch()
         self._monitor = Monitor(sources_of_node(), self._loaded)
         self._passed_over_s: dict[tuple[str, str], float] = {}
@@ -67,6 +78,7 @@ class Diagnosis:
         self.changed = threading.Condition()
         self._actor = Actor(node, lambda analyst: analyst.has_majority(time.monotonic()))
         self._wake = threading.Event()
+        self._looked_s = -math.inf
         self._is_closed = False
         self._thread = threading.Thread(target=self._keep, name="diagnosis", daemon=True)
 
@@ -106,10 +118,13 @@ class Diagnosis:
 
     def take_timings(self, run: NodeRun, request: node_pb2.ReportTimingsRequest) -> bool:
         """A rank's report; False when it must send its communicators again."""
-        feed = self._feed(run)
+        feed, now_s = self._feed(run), time.monotonic()
         dropped = feed.dropped_total
-        is_known = feed.take(request, time.monotonic())
+        is_known = feed.take(request, now_s)
         self._node.metrics.timing_dropped_total.labels(run.run).inc(feed.dropped_total - dropped)
+        joined = [rank for rank, member in list(run.ranks.items()) if member.state == "joined"]
+        if feed.has_news_of(joined) and now_s - self._looked_s > _SOONEST * self._pause_s():
+            self._wake.set()
         return is_known
 
     def take_ranks(self, request: pb.ReportRanksRequest) -> pb.ReportRanksResponse:
@@ -123,7 +138,9 @@ class Diagnosis:
         if analyst.roster.version < run.roster.version:
             analyst.renew(run.roster)
         has_lost = analyst.take(request, time.monotonic())
-        if has_lost and request.node_id != self._node.node_id:  # after a report of its own it judges anyway
+        self._gauges.take(request)
+        # After a report of its own it judges anyway.
+        if (has_lost or analyst.is_complete) and request.node_id != self._node.node_id:
             self._wake.set()
         faults = self._faults_of(analyst)
         is_news = faults.version != request.known_faults
@@ -176,6 +193,11 @@ class Diagnosis:
         rows = [row for row in told.faults if not row.resolved_s and row.confidence != "suspect"] if told else []
         return [f"{row.kind}, {row.confidence}: {json.loads(row.evidence).get('summary', '')}" for row in rows]
 
+    def nodes_at_fault(self, run: str) -> frozenset[str]:
+        """Nodes that a fault of ``run`` names, or named a while ago, with more than suspicion."""
+        with self._lock:
+            return self._named.of(run, time.monotonic())
+
     def newest(self, run: str) -> tuple[Incarnation, faults_pb2.RunCoverage] | None:
         """The newest incarnation of ``run`` that anything was heard of, and how far its analyst sees."""
         with self._lock:
@@ -201,6 +223,7 @@ class Diagnosis:
             if is_woken and not self._is_closed:
                 time.sleep(_GATHER_S)
             self._wake.clear()
+            self._looked_s = time.monotonic()
             for step in (self._report_all, self._judge_all, self._forget):
                 try:
                     step()
@@ -214,12 +237,12 @@ class Diagnosis:
         return BEAT_S + max((run.node_count for run in self._runs()), default=0) / _NODES_PER_SECOND
 
     def _runs(self) -> list[NodeRun]:
-        """Those with somebody here, or that somebody left a moment ago: what became of it is still told."""
-        until_s = time.monotonic() - _AFTER_S
+        """Those with somebody here, or that somebody left a while ago: what became of it is still told."""
+        now_s = time.monotonic()
         return [
             run
             for run in self._node.node_runs()
-            if any(member.gone_s is None or member.gone_s > until_s for member in list(run.ranks.values()))
+            if any(now_s < _told_until_s(member) for member in list(run.ranks.values()))
         ]
 
     def _report_all(self) -> None:
@@ -285,6 +308,7 @@ class Diagnosis:
 
     def _judge_all(self) -> None:
         now_s = time.monotonic()
+        self._health_gauges.show(self._monitor.snapshot(), now_s)
         with self._lock:
             analysts = list(self._analysts.values())
         for analyst in analysts:
@@ -312,7 +336,9 @@ class Diagnosis:
         live = {(run.run, run.incarnation) for run in self._runs()}
         with self._lock:
             for key in self._analysts.keys() - live:
-                self._gauges.hide(self._analysts[key])
+                self._gauges.forget(self._analysts[key])
+            for key in self._told.keys() - known:
+                self._named.tell(*key, (), time.monotonic())
             for kept, keys in (
                 (self._feeds, live),
                 (self._analysts, live),
@@ -328,8 +354,10 @@ class Diagnosis:
         return run_faults(analyst, self._node.node_id, self._is_judging(analyst, now_s), now_s, time.time())
 
     def _learn(self, key: Key, told: faults_pb2.RunFaults) -> None:
+        run = self._node.find_run(*key)
         with self._lock:
             self._told[key] = told
+            self._named.tell(*key, nodes_named(told, run.roster) if run else (), time.monotonic())
         with self.changed:
             self.changed.notify_all()
 
@@ -349,3 +377,9 @@ class Diagnosis:
             )
         key = (analyst.run, analyst.incarnation)
         self._learn(key, self._faults_of(analyst))
+
+
+def _told_until_s(member: Member) -> float:
+    if member.gone_s is None:
+        return math.inf
+    return member.gone_s + (_AFTER_DEATH_S if member.state == "dead" or member.error else _AFTER_S)

@@ -44,6 +44,7 @@ class RankFeed:
     heartbeat: timings_pb2.Heartbeat | None = None
     coverage: timings_pb2.Coverage | None = None
     heard_s: float = 0.0
+    is_heard: bool = False  # since the last report
 
 
 class NodeTable:
@@ -124,7 +125,7 @@ class NodeFeed:
             named |= {item.communicator for item in _items(request.heartbeat)}
             if named - feed.table.keys():
                 return False
-            feed.heard_s = now_s
+            feed.heard_s, feed.is_heard = now_s, True
             dropped = feed.coverage.dropped_total if feed.coverage else 0
             self.dropped_total += max(0, request.coverage.dropped_total - dropped)
             feed.heartbeat, feed.coverage = request.heartbeat, request.coverage
@@ -169,6 +170,11 @@ class NodeFeed:
         return renumbered
 
     # --- to the analyst ------------------------------------------------------------------------------------------
+    def has_news_of(self, ranks: Iterable[int]) -> bool:
+        """Every one of ``ranks`` was heard of since the last report."""
+        with self._lock:
+            return all((feed := self._ranks.get(rank)) and feed.is_heard for rank in ranks)
+
     def ranks(self) -> list[int]:
         with self._lock:
             return sorted(self._ranks)
@@ -188,7 +194,7 @@ class NodeFeed:
                 item.silent_seconds = max(0.0, now_s - feed.heard_s)
                 item.steps = pack(feed.kept[len(feed.kept) - feed.unsent :])
                 item.samples = pack(feed.samples)
-                feed.unsent = 0
+                feed.unsent, feed.is_heard = 0, False
                 feed.samples = feed.samples[:0]
             self._is_mesh_told = self._mesh is not None
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from ckptd.detect.faultlog import Logged
 from ckptd.detect.health import FIGURES, Health
-from ckptd.detect.records import Communicator, Count, Pending, RankState
+from ckptd.detect.records import Communicator, Confidence, Count, Kind, Pending, RankState
 from ckptd.format.timings import Op
-from ckptd.model import Incarnation
+from ckptd.model import Incarnation, Roster
 from ckptd_api.convert import incarnation_to_pb
 from ckptd_api.v1 import coordinator_pb2, timings_pb2
 from ckptd_api.v1 import faults_pb2 as pb
@@ -95,6 +95,18 @@ def fault_row(run: str, incarnation: Incarnation, logged: Logged, epoch_s: float
         first_seen_s=round(logged.first_seen_s + epoch_s),
         resolved_s=round(logged.resolved_s + epoch_s) if logged.resolved_s is not None else 0.0,
     )
+
+
+def nodes_named(told: pb.RunFaults, roster: Roster) -> set[str]:
+    """Those to which a cause in hardware is put down by a fault that lasts and is more than a suspicion."""
+    entries = roster.entries
+    rows = [row for row in told.faults if not row.resolved_s and row.confidence != Confidence.SUSPECT]
+    at_fault = [row for row in rows if row.kind not in (Kind.DESYNC, Kind.DEATH)]
+    return {
+        node
+        for row in at_fault
+        for node in row.nodes or [entries[rank].node_id for rank in row.ranks if rank < len(entries)]
+    }
 
 
 def run_faults(analyst: Analyst, node_id: str, is_judging: bool, now_s: float, clock_s: float) -> pb.RunFaults:

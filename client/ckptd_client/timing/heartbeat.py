@@ -23,6 +23,9 @@ from ckptd_client.timing.recorder import Operation
 from ckptd_client.timing.stacks import stack_of
 
 INTERVAL_S: Final = 1.0
+# Of an interval: from then on the end of a step is waited for. Collectives end steps on all ranks at once, so that the
+# daemons have all of a step at once.
+_REST: Final = 0.7
 FLUSH_S: Final = 2.0
 STILL_S: Final = 5.0
 # For so long something must have been pending in a communicator for its signatures to be sent.
@@ -82,6 +85,7 @@ class Heartbeat:
             return
         until = time.monotonic() + flush_s
         self._stop.set()
+        self._collection.steps.written.set()
         self._thread.join(flush_s)
         if flush_s and not self._thread.is_alive():
             try:
@@ -93,7 +97,7 @@ class Heartbeat:
 
     # --- the thread ------------------------------------------------------------------------------------------------
     def _work(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
+        while not self._wait():
             try:
                 self.beat(FLUSH_S)
             except CkptdError as error:  # the rows stay; the next beat sends them
@@ -101,6 +105,16 @@ class Heartbeat:
             except Exception:  # a thread's boundary: the trainer must go on
                 log.log(logging.DEBUG if self._is_told_of_failure else logging.WARNING, "timings", exc_info=True)
                 self._is_told_of_failure = True
+
+    def _wait(self) -> bool:
+        """Until the next beat is due; True when there is none."""
+        if self._stop.wait(_REST * INTERVAL_S):
+            return True
+        written = self._collection.steps.written
+        if self._collection.is_reporter(self):
+            written.clear()
+            written.wait((1 - _REST) * INTERVAL_S)
+        return self._stop.is_set()
 
     def beat(self, timeout_s: float, *, is_last: bool = False) -> None:
         """Report once, in as many messages as the rows need; CkptdError when the daemon does not answer. ``is_last``:

@@ -38,11 +38,13 @@ def warm_up_steps() -> int:
 
 
 class Steps:
-    """The marks of this process. ``last``: the last step marked, -1 none. ``thread``: who marked it."""
+    """The marks of this process. ``last``: the last step marked, -1 none. ``thread``: who marked it. ``written`` is set
+    by every mark that is in the ring; who waits for the next one clears it."""
 
     def __init__(self, recorder: Recorder, device: DeviceTimer) -> None:
         self.ring = Ring(STEP, ROWS)
         self.last = -1
+        self.written = threading.Event()
         self.thread = threading.main_thread().ident
         self._recorder = recorder
         self._device = device
@@ -119,6 +121,7 @@ class Steps:
 
     def _write(self, step: int, end_ns: int, mask: Mask) -> None:
         self.ring.write(step, end_ns, mask)
+        self.written.set()
 
 
 def _compilations() -> int:

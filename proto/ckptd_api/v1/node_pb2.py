@@ -26,7 +26,7 @@ from ckptd_api.v1 import timings_pb2 as ckptd__api_dot_v1_dot_timings__pb2
 from ckptd_api.v1 import types_pb2 as ckptd__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63kptd_api/v1/node.proto\x12\x0c\x63kptd_api.v1\x1a\x1a\x63kptd_api/v1/timings.proto\x1a\x18\x63kptd_api/v1/types.proto\"\x14\n\x12OpenSessionRequest\"6\n\x13OpenSessionResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x06\"\x11\n\x0f\x44\x65scribeRequest\"\x8e\x02\n\x10\x44\x65scribeResponse\x12\x10\n\x08instance\x18\x01 \x01(\x06\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12<\n\x07\x64omains\x18\x04 \x03(\x0b\x32+.ckptd_api.v1.DescribeResponse.DomainsEntry\x12\x13\n\x0bprotect_max\x18\x05 \x01(\t\x12\r\n\x05slots\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\r\n\x05tiers\x18\x08 \x03(\t\x12\x0f\n\x07version\x18\t \x01(\t\x1a.\n\x0c\x44omainsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"H\n\rSurveyRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x19.ckptd_api.v1.RosterEntry\")\n\x0eSurveyResponse\x12\x17\n\x0fhighest_ordinal\x18\x01 \x01(\x04\"\x9f\x02\n\x0bJoinRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12$\n\x06roster\x18\x03 \x01(\x0b\x32\x14.ckptd_api.v1.Roster\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nlocal_rank\x18\x05 \x01(\r\x12\x0b\n\x03pid\x18\x06 \x01(\x03\x12%\n\x05\x65very\x18\x07 \x01(\x0b\x32\x16.ckptd_api.v1.Interval\x12-\n\rpersist_every\x18\x08 \x01(\x0b\x32\x16.ckptd_api.v1.Interval\x12\x0f\n\x07protect\x18\t \x01(\t\x12\x17\n\x0f\x65stimated_bytes\x18\n \x01(\x04\"N\n\x0cJoinResponse\x12\x10\n\x08instance\x18\x01 \x01(\x06\x12,\n\nwatermarks\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\"Y\n\x0cWatchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\"O\n\rWatchResponse\x12\x10\n\x08instance\x18\x01 \x01(\x06\x12,\n\nwatermarks\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\"\xe5\x01\n\x0c\x42\x65ginRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x13\n\x0bindex_bytes\x18\x05 \x01(\x04\x12\'\n\x08segments\x18\x06 \x03(\x0b\x32\x15.ckptd_api.v1.Segment\x12\x14\n\x0cis_persisted\x18\x07 \x01(\x08\x12\x10\n\x08instance\x18\x08 \x01(\x06\x12\x16\n\x0eroster_version\x18\t \x01(\x04\"E\n\rBeginResponse\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\"N\n\x0cWriteRequest\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"&\n\rWriteResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x04\"\x9b\x01\n\x0bSealRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0c\n\x04slot\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x11\n\tindex_crc\x18\x07 \x01(\r\"\x0e\n\x0cSealResponse\"\xa6\x01\n\x0b\x44ropRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12*\n\x07outcome\x18\x04 \x01(\x0b\x32\x19.ckptd_api.v1.StepOutcome\x12\x0c\n\x04slot\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x04\"\x0e\n\x0c\x44ropResponse\"\x99\x01\n\x11ReportPaceRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x05 \x01(\x01\x12\x15\n\rstall_seconds\x18\x06 \x01(\x01\"\x14\n\x12ReportPaceResponse\"\xb4\x02\n\x14ReportTimingsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x36\n\rcommunicators\x18\x04 \x03(\x0b\x32\x1f.ckptd_api.v1.CommunicatorEntry\x12\x12\n\noperations\x18\x05 \x01(\x0c\x12\r\n\x05steps\x18\x06 \x01(\x0c\x12*\n\theartbeat\x18\x07 \x01(\x0b\x32\x17.ckptd_api.v1.Heartbeat\x12(\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x16.ckptd_api.v1.Coverage\x12 \n\x04mesh\x18\t \x01(\x0b\x32\x12.ckptd_api.v1.Mesh\"9\n\x15ReportTimingsResponse\x12 \n\x18is_missing_communicators\x18\x01 \x01(\x08\"\xa6\x01\n\x15ListCandidatesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12$\n\x06roster\x18\x03 \x01(\x0b\x32\x14.ckptd_api.v1.Roster\x12\x11\n\x04step\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06source\x18\x05 \x01(\tB\x07\n\x05_step\"\\\n\tCandidate\x12*\n\x08snapshot\x18\x01 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x12\n\nworld_size\x18\x02 \x01(\r\x12\x0f\n\x07sources\x18\x03 \x03(\t\"T\n\x16ListCandidatesResponse\x12+\n\ncandidates\x18\x01 \x03(\x0b\x32\x17.ckptd_api.v1.Candidate\x12\r\n\x05notes\x18\x02 \x03(\t\"\xa9\x01\n\x0c\x46\x65tchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12*\n\x08snapshot\x18\x03 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x0e\n\x06source\x18\x06 \x01(\t\"\xb7\x01\n\rFetchResponse\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\x12\r\n\x05lease\x18\x04 \x01(\x04\x12\x13\n\x0bindex_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\'\n\x08segments\x18\x07 \x03(\x0b\x32\x15.ckptd_api.v1.Segment\x12\x0e\n\x06source\x18\x08 \x01(\t\"\x9c\x01\n\rDecideRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12$\n\x06roster\x18\x03 \x01(\x0b\x32\x14.ckptd_api.v1.Roster\x12(\n\x06parent\x18\x04 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\"\x10\n\x0e\x44\x65\x63ideResponse\"@\n\x0bReadRequest\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\x1c\n\x0cReadResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x1f\n\x0eReleaseRequest\x12\r\n\x05lease\x18\x01 \x01(\x04\"\x11\n\x0fReleaseResponse\"h\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\x0f\n\rLeaveResponse2\xd2\t\n\x0bNodeService\x12R\n\x0bOpenSession\x12 .ckptd_api.v1.OpenSessionRequest\x1a!.ckptd_api.v1.OpenSessionResponse\x12I\n\x08\x44\x65scribe\x12\x1d.ckptd_api.v1.DescribeRequest\x1a\x1e.ckptd_api.v1.DescribeResponse\x12\x43\n\x06Survey\x12\x1b.ckptd_api.v1.SurveyRequest\x1a\x1c.ckptd_api.v1.SurveyResponse\x12=\n\x04Join\x12\x19.ckptd_api.v1.JoinRequest\x1a\x1a.ckptd_api.v1.JoinResponse\x12\x42\n\x05Watch\x12\x1a.ckptd_api.v1.WatchRequest\x1a\x1b.ckptd_api.v1.WatchResponse0\x01\x12@\n\x05\x42\x65gin\x12\x1a.ckptd_api.v1.BeginRequest\x1a\x1b.ckptd_api.v1.BeginResponse\x12\x42\n\x05Write\x12\x1a.ckptd_api.v1.WriteRequest\x1a\x1b.ckptd_api.v1.WriteResponse(\x01\x12=\n\x04Seal\x12\x19.ckptd_api.v1.SealRequest\x1a\x1a.ckptd_api.v1.SealResponse\x12=\n\x04\x44rop\x12\x19.ckptd_api.v1.DropRequest\x1a\x1a.ckptd_api.v1.DropResponse\x12O\n\nReportPace\x12\x1f.ckptd_api.v1.ReportPaceRequest\x1a .ckptd_api.v1.ReportPaceResponse\x12X\n\rReportTimings\x12\".ckptd_api.v1.ReportTimingsRequest\x1a#.ckptd_api.v1.ReportTimingsResponse\x12[\n\x0eListCandidates\x12#.ckptd_api.v1.ListCandidatesRequest\x1a$.ckptd_api.v1.ListCandidatesResponse\x12@\n\x05\x46\x65tch\x12\x1a.ckptd_api.v1.FetchRequest\x1a\x1b.ckptd_api.v1.FetchResponse\x12\x43\n\x06\x44\x65\x63ide\x12\x1b.ckptd_api.v1.DecideRequest\x1a\x1c.ckptd_api.v1.DecideResponse\x12?\n\x04Read\x12\x19.ckptd_api.v1.ReadRequest\x1a\x1a.ckptd_api.v1.ReadResponse0\x01\x12\x46\n\x07Release\x12\x1c.ckptd_api.v1.ReleaseRequest\x1a\x1d.ckptd_api.v1.ReleaseResponse\x12@\n\x05Leave\x12\x1a.ckptd_api.v1.LeaveRequest\x1a\x1b.ckptd_api.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63kptd_api/v1/node.proto\x12\x0c\x63kptd_api.v1\x1a\x1a\x63kptd_api/v1/timings.proto\x1a\x18\x63kptd_api/v1/types.proto\"\x14\n\x12OpenSessionRequest\"6\n\x13OpenSessionResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x06\"\x11\n\x0f\x44\x65scribeRequest\"\x8e\x02\n\x10\x44\x65scribeResponse\x12\x10\n\x08instance\x18\x01 \x01(\x06\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12<\n\x07\x64omains\x18\x04 \x03(\x0b\x32+.ckptd_api.v1.DescribeResponse.DomainsEntry\x12\x13\n\x0bprotect_max\x18\x05 \x01(\t\x12\r\n\x05slots\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\r\n\x05tiers\x18\x08 \x03(\t\x12\x0f\n\x07version\x18\t \x01(\t\x1a.\n\x0c\x44omainsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"H\n\rSurveyRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x19.ckptd_api.v1.RosterEntry\")\n\x0eSurveyResponse\x12\x17\n\x0fhighest_ordinal\x18\x01 \x01(\x04\"\x9f\x02\n\x0bJoinRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12$\n\x06roster\x18\x03 \x01(\x0b\x32\x14.ckptd_api.v1.Roster\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nlocal_rank\x18\x05 \x01(\r\x12\x0b\n\x03pid\x18\x06 \x01(\x03\x12%\n\x05\x65very\x18\x07 \x01(\x0b\x32\x16.ckptd_api.v1.Interval\x12-\n\rpersist_every\x18\x08 \x01(\x0b\x32\x16.ckptd_api.v1.Interval\x12\x0f\n\x07protect\x18\t \x01(\t\x12\x17\n\x0f\x65stimated_bytes\x18\n \x01(\x04\"N\n\x0cJoinResponse\x12\x10\n\x08instance\x18\x01 \x01(\x06\x12,\n\nwatermarks\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\"Y\n\x0cWatchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\"O\n\rWatchResponse\x12\x10\n\x08instance\x18\x01 \x01(\x06\x12,\n\nwatermarks\x18\x02 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\"\xe5\x01\n\x0c\x42\x65ginRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x13\n\x0bindex_bytes\x18\x05 \x01(\x04\x12\'\n\x08segments\x18\x06 \x03(\x0b\x32\x15.ckptd_api.v1.Segment\x12\x14\n\x0cis_persisted\x18\x07 \x01(\x08\x12\x10\n\x08instance\x18\x08 \x01(\x06\x12\x16\n\x0eroster_version\x18\t \x01(\x04\"E\n\rBeginResponse\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\"N\n\x0cWriteRequest\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"&\n\rWriteResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x04\"\xb4\x01\n\x0bSealRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0c\n\x04slot\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x11\n\tindex_crc\x18\x07 \x01(\r\x12\x17\n\x0f\x63\x61pture_seconds\x18\x08 \x01(\x01\"\x0e\n\x0cSealResponse\"\x8f\x02\n\x0b\x44ropRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12*\n\x07outcome\x18\x04 \x01(\x0b\x32\x19.ckptd_api.v1.StepOutcome\x12\x0c\n\x04slot\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x37\n\x07skipped\x18\x07 \x03(\x0b\x32&.ckptd_api.v1.DropRequest.SkippedEntry\x1a.\n\x0cSkippedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x0e\n\x0c\x44ropResponse\"\x88\x02\n\x11ReportPaceRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x05 \x01(\x01\x12\x15\n\rstall_seconds\x18\x06 \x01(\x01\x12=\n\x07skipped\x18\x07 \x03(\x0b\x32,.ckptd_api.v1.ReportPaceRequest.SkippedEntry\x1a.\n\x0cSkippedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x14\n\x12ReportPaceResponse\"\xb4\x02\n\x14ReportTimingsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x36\n\rcommunicators\x18\x04 \x03(\x0b\x32\x1f.ckptd_api.v1.CommunicatorEntry\x12\x12\n\noperations\x18\x05 \x01(\x0c\x12\r\n\x05steps\x18\x06 \x01(\x0c\x12*\n\theartbeat\x18\x07 \x01(\x0b\x32\x17.ckptd_api.v1.Heartbeat\x12(\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x16.ckptd_api.v1.Coverage\x12 \n\x04mesh\x18\t \x01(\x0b\x32\x12.ckptd_api.v1.Mesh\"9\n\x15ReportTimingsResponse\x12 \n\x18is_missing_communicators\x18\x01 \x01(\x08\"\xa6\x01\n\x15ListCandidatesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12$\n\x06roster\x18\x03 \x01(\x0b\x32\x14.ckptd_api.v1.Roster\x12\x11\n\x04step\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06source\x18\x05 \x01(\tB\x07\n\x05_step\"\\\n\tCandidate\x12*\n\x08snapshot\x18\x01 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x12\n\nworld_size\x18\x02 \x01(\r\x12\x0f\n\x07sources\x18\x03 \x03(\t\"T\n\x16ListCandidatesResponse\x12+\n\ncandidates\x18\x01 \x03(\x0b\x32\x17.ckptd_api.v1.Candidate\x12\r\n\x05notes\x18\x02 \x03(\t\"\xa9\x01\n\x0c\x46\x65tchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12*\n\x08snapshot\x18\x03 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x0e\n\x06source\x18\x06 \x01(\t\"\xb7\x01\n\rFetchResponse\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\x12\r\n\x05lease\x18\x04 \x01(\x04\x12\x13\n\x0bindex_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\'\n\x08segments\x18\x07 \x03(\x0b\x32\x15.ckptd_api.v1.Segment\x12\x0e\n\x06source\x18\x08 \x01(\t\"\x9c\x01\n\rDecideRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12$\n\x06roster\x18\x03 \x01(\x0b\x32\x14.ckptd_api.v1.Roster\x12(\n\x06parent\x18\x04 \x01(\x0b\x32\x18.ckptd_api.v1.SnapshotId\"\x10\n\x0e\x44\x65\x63ideResponse\"@\n\x0bReadRequest\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\x1c\n\x0cReadResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x1f\n\x0eReleaseRequest\x12\r\n\x05lease\x18\x01 \x01(\x04\"\x11\n\x0fReleaseResponse\"h\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\x0f\n\rLeaveResponse2\xd2\t\n\x0bNodeService\x12R\n\x0bOpenSession\x12 .ckptd_api.v1.OpenSessionRequest\x1a!.ckptd_api.v1.OpenSessionResponse\x12I\n\x08\x44\x65scribe\x12\x1d.ckptd_api.v1.DescribeRequest\x1a\x1e.ckptd_api.v1.DescribeResponse\x12\x43\n\x06Survey\x12\x1b.ckptd_api.v1.SurveyRequest\x1a\x1c.ckptd_api.v1.SurveyResponse\x12=\n\x04Join\x12\x19.ckptd_api.v1.JoinRequest\x1a\x1a.ckptd_api.v1.JoinResponse\x12\x42\n\x05Watch\x12\x1a.ckptd_api.v1.WatchRequest\x1a\x1b.ckptd_api.v1.WatchResponse0\x01\x12@\n\x05\x42\x65gin\x12\x1a.ckptd_api.v1.BeginRequest\x1a\x1b.ckptd_api.v1.BeginResponse\x12\x42\n\x05Write\x12\x1a.ckptd_api.v1.WriteRequest\x1a\x1b.ckptd_api.v1.WriteResponse(\x01\x12=\n\x04Seal\x12\x19.ckptd_api.v1.SealRequest\x1a\x1a.ckptd_api.v1.SealResponse\x12=\n\x04\x44rop\x12\x19.ckptd_api.v1.DropRequest\x1a\x1a.ckptd_api.v1.DropResponse\x12O\n\nReportPace\x12\x1f.ckptd_api.v1.ReportPaceRequest\x1a .ckptd_api.v1.ReportPaceResponse\x12X\n\rReportTimings\x12\".ckptd_api.v1.ReportTimingsRequest\x1a#.ckptd_api.v1.ReportTimingsResponse\x12[\n\x0eListCandidates\x12#.ckptd_api.v1.ListCandidatesRequest\x1a$.ckptd_api.v1.ListCandidatesResponse\x12@\n\x05\x46\x65tch\x12\x1a.ckptd_api.v1.FetchRequest\x1a\x1b.ckptd_api.v1.FetchResponse\x12\x43\n\x06\x44\x65\x63ide\x12\x1b.ckptd_api.v1.DecideRequest\x1a\x1c.ckptd_api.v1.DecideResponse\x12?\n\x04Read\x12\x19.ckptd_api.v1.ReadRequest\x1a\x1a.ckptd_api.v1.ReadResponse0\x01\x12\x46\n\x07Release\x12\x1c.ckptd_api.v1.ReleaseRequest\x1a\x1d.ckptd_api.v1.ReleaseResponse\x12@\n\x05Leave\x12\x1a.ckptd_api.v1.LeaveRequest\x1a\x1b.ckptd_api.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DESCRIBERESPONSE_DOMAINSENTRY']._loaded_options = None
   _globals['_DESCRIBERESPONSE_DOMAINSENTRY']._serialized_options = b'8\001'
+  _globals['_DROPREQUEST_SKIPPEDENTRY']._loaded_options = None
+  _globals['_DROPREQUEST_SKIPPEDENTRY']._serialized_options = b'8\001'
+  _globals['_REPORTPACEREQUEST_SKIPPEDENTRY']._loaded_options = None
+  _globals['_REPORTPACEREQUEST_SKIPPEDENTRY']._serialized_options = b'8\001'
   _globals['_OPENSESSIONREQUEST']._serialized_start=95
   _globals['_OPENSESSIONREQUEST']._serialized_end=115
   _globals['_OPENSESSIONRESPONSE']._serialized_start=117
@@ -66,47 +70,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WRITERESPONSE']._serialized_start=1507
   _globals['_WRITERESPONSE']._serialized_end=1545
   _globals['_SEALREQUEST']._serialized_start=1548
-  _globals['_SEALREQUEST']._serialized_end=1703
-  _globals['_SEALRESPONSE']._serialized_start=1705
-  _globals['_SEALRESPONSE']._serialized_end=1719
-  _globals['_DROPREQUEST']._serialized_start=1722
-  _globals['_DROPREQUEST']._serialized_end=1888
-  _globals['_DROPRESPONSE']._serialized_start=1890
-  _globals['_DROPRESPONSE']._serialized_end=1904
-  _globals['_REPORTPACEREQUEST']._serialized_start=1907
-  _globals['_REPORTPACEREQUEST']._serialized_end=2060
-  _globals['_REPORTPACERESPONSE']._serialized_start=2062
-  _globals['_REPORTPACERESPONSE']._serialized_end=2082
-  _globals['_REPORTTIMINGSREQUEST']._serialized_start=2085
-  _globals['_REPORTTIMINGSREQUEST']._serialized_end=2393
-  _globals['_REPORTTIMINGSRESPONSE']._serialized_start=2395
-  _globals['_REPORTTIMINGSRESPONSE']._serialized_end=2452
-  _globals['_LISTCANDIDATESREQUEST']._serialized_start=2455
-  _globals['_LISTCANDIDATESREQUEST']._serialized_end=2621
-  _globals['_CANDIDATE']._serialized_start=2623
-  _globals['_CANDIDATE']._serialized_end=2715
-  _globals['_LISTCANDIDATESRESPONSE']._serialized_start=2717
-  _globals['_LISTCANDIDATESRESPONSE']._serialized_end=2801
-  _globals['_FETCHREQUEST']._serialized_start=2804
-  _globals['_FETCHREQUEST']._serialized_end=2973
-  _globals['_FETCHRESPONSE']._serialized_start=2976
-  _globals['_FETCHRESPONSE']._serialized_end=3159
-  _globals['_DECIDEREQUEST']._serialized_start=3162
-  _globals['_DECIDEREQUEST']._serialized_end=3318
-  _globals['_DECIDERESPONSE']._serialized_start=3320
-  _globals['_DECIDERESPONSE']._serialized_end=3336
-  _globals['_READREQUEST']._serialized_start=3338
-  _globals['_READREQUEST']._serialized_end=3402
-  _globals['_READRESPONSE']._serialized_start=3404
-  _globals['_READRESPONSE']._serialized_end=3432
-  _globals['_RELEASEREQUEST']._serialized_start=3434
-  _globals['_RELEASEREQUEST']._serialized_end=3465
-  _globals['_RELEASERESPONSE']._serialized_start=3467
-  _globals['_RELEASERESPONSE']._serialized_end=3484
-  _globals['_LEAVEREQUEST']._serialized_start=3486
-  _globals['_LEAVEREQUEST']._serialized_end=3590
-  _globals['_LEAVERESPONSE']._serialized_start=3592
-  _globals['_LEAVERESPONSE']._serialized_end=3607
-  _globals['_NODESERVICE']._serialized_start=3610
-  _globals['_NODESERVICE']._serialized_end=4844
+  _globals['_SEALREQUEST']._serialized_end=1728
+  _globals['_SEALRESPONSE']._serialized_start=1730
+  _globals['_SEALRESPONSE']._serialized_end=1744
+  _globals['_DROPREQUEST']._serialized_start=1747
+  _globals['_DROPREQUEST']._serialized_end=2018
+  _globals['_DROPREQUEST_SKIPPEDENTRY']._serialized_start=1972
+  _globals['_DROPREQUEST_SKIPPEDENTRY']._serialized_end=2018
+  _globals['_DROPRESPONSE']._serialized_start=2020
+  _globals['_DROPRESPONSE']._serialized_end=2034
+  _globals['_REPORTPACEREQUEST']._serialized_start=2037
+  _globals['_REPORTPACEREQUEST']._serialized_end=2301
+  _globals['_REPORTPACEREQUEST_SKIPPEDENTRY']._serialized_start=1972
+  _globals['_REPORTPACEREQUEST_SKIPPEDENTRY']._serialized_end=2018
+  _globals['_REPORTPACERESPONSE']._serialized_start=2303
+  _globals['_REPORTPACERESPONSE']._serialized_end=2323
+  _globals['_REPORTTIMINGSREQUEST']._serialized_start=2326
+  _globals['_REPORTTIMINGSREQUEST']._serialized_end=2634
+  _globals['_REPORTTIMINGSRESPONSE']._serialized_start=2636
+  _globals['_REPORTTIMINGSRESPONSE']._serialized_end=2693
+  _globals['_LISTCANDIDATESREQUEST']._serialized_start=2696
+  _globals['_LISTCANDIDATESREQUEST']._serialized_end=2862
+  _globals['_CANDIDATE']._serialized_start=2864
+  _globals['_CANDIDATE']._serialized_end=2956
+  _globals['_LISTCANDIDATESRESPONSE']._serialized_start=2958
+  _globals['_LISTCANDIDATESRESPONSE']._serialized_end=3042
+  _globals['_FETCHREQUEST']._serialized_start=3045
+  _globals['_FETCHREQUEST']._serialized_end=3214
+  _globals['_FETCHRESPONSE']._serialized_start=3217
+  _globals['_FETCHRESPONSE']._serialized_end=3400
+  _globals['_DECIDEREQUEST']._serialized_start=3403
+  _globals['_DECIDEREQUEST']._serialized_end=3559
+  _globals['_DECIDERESPONSE']._serialized_start=3561
+  _globals['_DECIDERESPONSE']._serialized_end=3577
+  _globals['_READREQUEST']._serialized_start=3579
+  _globals['_READREQUEST']._serialized_end=3643
+  _globals['_READRESPONSE']._serialized_start=3645
+  _globals['_READRESPONSE']._serialized_end=3673
+  _globals['_RELEASEREQUEST']._serialized_start=3675
+  _globals['_RELEASEREQUEST']._serialized_end=3706
+  _globals['_RELEASERESPONSE']._serialized_start=3708
+  _globals['_RELEASERESPONSE']._serialized_end=3725
+  _globals['_LEAVEREQUEST']._serialized_start=3727
+  _globals['_LEAVEREQUEST']._serialized_end=3831
+  _globals['_LEAVERESPONSE']._serialized_start=3833
+  _globals['_LEAVERESPONSE']._serialized_end=3848
+  _globals['_NODESERVICE']._serialized_start=3851
+  _globals['_NODESERVICE']._serialized_end=5085
 # @@protoc_insertion_point(module_scope)

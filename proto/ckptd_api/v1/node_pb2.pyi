@@ -435,12 +435,15 @@ class SealRequest(_message.Message):
     SLOT_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     INDEX_CRC_FIELD_NUMBER: _builtins.int
+    CAPTURE_SECONDS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     rank: _builtins.int
     step: _builtins.int
     slot: _builtins.str
     generation: _builtins.int
     index_crc: _builtins.int
+    capture_seconds: _builtins.float
+    """What it took to copy the shard into the slot; 0: not measured."""
     @_builtins.property
     def incarnation(self) -> _types_pb2.Incarnation: ...
     def __init__(
@@ -453,10 +456,11 @@ class SealRequest(_message.Message):
         slot: _builtins.str = ...,
         generation: _builtins.int = ...,
         index_crc: _builtins.int = ...,
+        capture_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "incarnation", b"incarnation", "index_crc", b"index_crc", "rank", b"rank", "run", b"run", "slot", b"slot", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_seconds", b"capture_seconds", "generation", b"generation", "incarnation", b"incarnation", "index_crc", b"index_crc", "rank", b"rank", "run", b"run", "slot", b"slot", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -481,12 +485,33 @@ Global___SealResponse: _TypeAlias = SealResponse  # noqa: Y015
 class DropRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SkippedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUN_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     rank: _builtins.int
     slot: _builtins.str
@@ -496,6 +521,10 @@ class DropRequest(_message.Message):
     def incarnation(self) -> _types_pb2.Incarnation: ...
     @_builtins.property
     def outcome(self) -> _types_pb2.StepOutcome: ...
+    @_builtins.property
+    def skipped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Due steps that this rank did not take and has not told of, this one too: how many, by class of ckptd.errors."""
+
     def __init__(
         self,
         *,
@@ -505,10 +534,11 @@ class DropRequest(_message.Message):
         outcome: _types_pb2.StepOutcome | None = ...,
         slot: _builtins.str = ...,
         generation: _builtins.int = ...,
+        skipped: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "incarnation", b"incarnation", "outcome", b"outcome", "rank", b"rank", "run", b"run", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "incarnation", b"incarnation", "outcome", b"outcome", "rank", b"rank", "run", b"run", "skipped", b"skipped", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -533,12 +563,33 @@ Global___DropResponse: _TypeAlias = DropResponse  # noqa: Y015
 class ReportPaceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SkippedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUN_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     STALL_SECONDS_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     rank: _builtins.int
     step: _builtins.int
@@ -547,6 +598,10 @@ class ReportPaceRequest(_message.Message):
     """Training-loop time lost to one snapshot."""
     @_builtins.property
     def incarnation(self) -> _types_pb2.Incarnation: ...
+    @_builtins.property
+    def skipped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """As in DropRequest: what could not be told when it happened."""
+
     def __init__(
         self,
         *,
@@ -556,10 +611,11 @@ class ReportPaceRequest(_message.Message):
         step: _builtins.int = ...,
         step_seconds: _builtins.float = ...,
         stall_seconds: _builtins.float = ...,
+        skipped: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "rank", b"rank", "run", b"run", "stall_seconds", b"stall_seconds", "step", b"step", "step_seconds", b"step_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "rank", b"rank", "run", b"run", "skipped", b"skipped", "stall_seconds", b"stall_seconds", "step", b"step", "step_seconds", b"step_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -195,6 +195,7 @@ class InventoryResponse(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     PARITY_FIELD_NUMBER: _builtins.int
     INCARNATIONS_FIELD_NUMBER: _builtins.int
+    AT_FAULT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     instance: _builtins.int
     owner: _builtins.str
@@ -204,6 +205,10 @@ class InventoryResponse(_message.Message):
     def parity(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldParity]: ...
     @_builtins.property
     def incarnations(self) -> _containers.RepeatedCompositeFieldContainer[Global___IncarnationRecord]: ...
+    @_builtins.property
+    def at_fault(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that the detector has named in this run, as far as this daemon was told."""
+
     def __init__(
         self,
         *,
@@ -213,10 +218,11 @@ class InventoryResponse(_message.Message):
         shards: _abc.Iterable[Global___HeldShard] | None = ...,
         parity: _abc.Iterable[Global___HeldParity] | None = ...,
         incarnations: _abc.Iterable[Global___IncarnationRecord] | None = ...,
+        at_fault: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnations", b"incarnations", "instance", b"instance", "node_id", b"node_id", "owner", b"owner", "parity", b"parity", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_fault", b"at_fault", "incarnations", b"incarnations", "instance", b"instance", "node_id", b"node_id", "owner", b"owner", "parity", b"parity", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -443,8 +449,10 @@ class Holder(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     PARITY_FIELD_NUMBER: _builtins.int
+    IS_AT_FAULT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     address: _builtins.str
+    is_at_fault: _builtins.bool
     @_builtins.property
     def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -456,10 +464,11 @@ class Holder(_message.Message):
         address: _builtins.str = ...,
         ranks: _abc.Iterable[_builtins.int] | None = ...,
         parity: _abc.Iterable[Global___HeldParity] | None = ...,
+        is_at_fault: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "node_id", b"node_id", "parity", b"parity", "ranks", b"ranks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "is_at_fault", b"is_at_fault", "node_id", b"node_id", "parity", b"parity", "ranks", b"ranks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
