@@ -13,6 +13,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := torch==2.13.0
+RULES := deploy/kubernetes/components/monitoring/rules.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -48,6 +49,7 @@ lint: $(STAMP) ## format, lint, types, layers, protos, generated files
 	done
 	python -m ckptd.config | cmp - docs/CONFIG.md || { echo "stale: run make docs" >&2; exit 1; }
 	python -m ckptd.metrics | cmp - docs/METRICS.md || { echo "stale: run make docs" >&2; exit 1; }
+	python deploy/kubernetes/rules.py | cmp - $(RULES) || { echo "stale: run make docs" >&2; exit 1; }
 
 .PHONY: bench
 bench: $(STAMP) ## measure; a few minutes on an idle machine
@@ -61,6 +63,7 @@ proto: $(STAMP) ## write the modules generated from the protos
 docs: $(STAMP) ## write the documentation generated from the code
 	@python -m ckptd.config > docs/CONFIG.md
 	python -m ckptd.metrics > docs/METRICS.md
+	python deploy/kubernetes/rules.py > $(RULES)
 
 .PHONY: clean
 clean: ## remove what is not in the repository's care: environment and caches

@@ -229,6 +229,19 @@ FIGURES = [
         ),
         lambda r: r["scrape_median_ms"] < 50 and r["series"] < 2000,
     ),
+    Figure(
+        "5 s scrapes: from a dead rank, killed daemon, stopped rank to the alert; from the 15th step of one x1.3 slower",
+        "<= 20 s; <= 20 s; <= 40 s; <= 20 s",
+        "alerting",
+        lambda r: (
+            f"{r['rank_dead_longest_s']:.1f}; {r['daemon_down_longest_s']:.1f}; {r['hang_longest_s']:.1f}; "
+            f"{r['straggler_longest_s']:.1f} s at most of {r['rounds']}"
+        ),
+        lambda r: (
+            max(r["rank_dead_longest_s"], r["daemon_down_longest_s"], r["straggler_longest_s"]) <= 20
+            and r["hang_longest_s"] <= 40
+        ),
+    ),
 ]
 
 

@@ -25,9 +25,10 @@ from ckptd.format.slot import MARK_OFFSET, STATE_OFFSET, SlotHeader, SlotState, 
 from ckptd.model import DTYPES, Geometry, Incarnation, Segment, SnapshotId
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 OURS = ("ckptd", "client", "proto", "tests", "bench", "examples", "deploy", "docs", ".ci", "Makefile")
-TEXT = {".py", ".pyi", ".proto", ".md", ".toml", ".yaml", ".service", ".json", ".sh", ""}
+TEXT = {".py", ".pyi", ".proto", ".md", ".toml", ".yaml", ".yml", ".service", ".conf", ".json", ".sh", ""}
+TEXT |= {".sysusers", ".tmpfiles"}
 
 
 def files_of_the_repository() -> Iterator[Path]:
