@@ -230,7 +230,7 @@ FIGURES = [
         lambda r: r["scrape_median_ms"] < 50 and r["series"] < 2000,
     ),
     Figure(
-        "5 s scrapes: from a dead rank, killed daemon, stopped rank to the alert; from the 15th step of one x1.3 slower",
+        "5 s scrapes: from a dead rank, killed daemon, stopped rank to alert; from the 15th step of one x1.3 slower",
         "<= 20 s; <= 20 s; <= 40 s; <= 20 s",
         "alerting",
         lambda r: (
