@@ -5,6 +5,7 @@ The online analyst and the replay of recordings use it alike. Explicit state, ex
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -21,7 +22,7 @@ from ckptd.detect.history import History
 from ckptd.detect.kernel_links import PeerLink
 from ckptd.detect.layout import Layout, infer
 from ckptd.detect.links import LinkMatrix
-from ckptd.detect.records import Communicator, Confidence, Fault, RankState, Timings
+from ckptd.detect.records import Communicator, Confidence, Fault, Kind, RankState, Timings
 from ckptd.detect.slow_comm import CommJudge
 from ckptd.detect.slow_compute import ComputeJudge
 from ckptd.format.timings import POINT_TO_POINT, SAMPLE, Mask, Rows
@@ -119,6 +120,13 @@ class Judge:
         return {rank for fault in faults if FAMILIES[fault.kind] is Family.COMPUTE for rank in fault.ranks}
 
     @property
+    def _slow_links(self) -> list[tuple[int, int]]:
+        """Pairs of ranks on different nodes whose link was slow when last seen: it may have failed since."""
+        ends = [logged.fault.ranks for logged in self.log.open if logged.fault.kind is Kind.SLOW_LINK]
+        pairs = (pair for ranks in ends for pair in itertools.permutations(ranks, 2))
+        return [(src, dst) for src, dst in pairs if self.nodes[src] != self.nodes[dst]]
+
+    @property
     def matrices(self) -> tuple[LinkMatrix, ...]:
         """The link matrices of the last judgement."""
         return self._communication.matrices
@@ -164,7 +172,7 @@ class Judge:
             # A mismatch kills whom it hits, and that is an innocent rank: gloo ends the one that gets too much.
             found = judge_desync(states, communicators, has_failed=True) or judge_departures(states, step)
         if not found and still:
-            found = judge_hang(still, communicators)
+            found = judge_hang(still, communicators, slow_links=self._slow_links)
         return self.log.update(Family.STOP, found, now_s)
 
 

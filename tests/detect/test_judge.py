@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
+from ckptd.detect.faultlog import Family
 from ckptd.detect.judge import SETTLE_S, Judge
-from ckptd.detect.records import Communicator, Confidence, Count, Kind, Pending, RankState
+from ckptd.detect.records import Communicator, Confidence, Count, Fault, Kind, Pending, RankState
 from ckptd.format.timings import SAMPLE, SELF, Mask, Op
 
 WORLD = 8
@@ -141,3 +143,22 @@ def test_a_second_phase_whose_steps_count_from_the_start_is_judged_as_the_first_
     told.run(60)
     told.run(30, {5: 0.12})
     assert told.open() == [(Kind.SLOW_COMPUTE, (5,), Confidence.CONFIRMED)]
+
+
+def test_a_hang_among_all_is_put_down_to_the_link_that_was_slow_before_it() -> None:
+    told = Told()
+    told.run(40)
+    slow_link = Fault(Kind.SLOW_LINK, (3, 6), ("n0", "n1"), Confidence.CONFIRMED, told.step)
+    told.judge.log.update(Family.COMMUNICATION, [slow_link], float(told.step))
+    stuck = Count(told.step + 1, told.step)
+    waits = [
+        replace(
+            state,
+            counts={"world": stuck},
+            pending=(Pending("world", told.step + 1, Op.ALL_REDUCE, 64, for_s=60.0),),
+        )
+        for state in told.states()
+    ]
+    for second in range(120):
+        told.judge.look(waits, COMMUNICATORS, told.step + 1.0 + second)
+    assert (Kind.COMM_HANG, (3, 6), Confidence.SUSPECT) in told.open()
