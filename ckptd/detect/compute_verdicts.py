@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,14 @@ def _fault(found: Sequence[Verdict], node: str, is_node: bool = True) -> Fault:
         since_step=min(verdict.since_step for verdict in found),
         evidence=_evidence(worst.finding, node, len(found) if is_node else 0),
     )
+
+
+def with_places(fault: Fault, names: Sequence[str]) -> Fault:
+    """The fault, with what its positions are called. ``names``: (POSITIONS,), "" unknown."""
+    if "worst_positions" not in fault.evidence:
+        return fault
+    places = [{**place, "name": names[place["position"]]} for place in fault.evidence["worst_positions"]]
+    return replace(fault, evidence={**fault.evidence, "worst_positions": places})
 
 
 def _evidence(finding: Finding, node: str, slow_on_node: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from ckptd.detect.actions import nodes_of
+from ckptd.detect.compute_verdicts import with_places
 from ckptd.detect.departures import judge_departures
 from ckptd.detect.faultlog import FAMILIES, Family, FaultLog
 from ckptd.detect.hang import StallAlarm, judge_hang
@@ -49,6 +50,7 @@ class Judge:
         self._samples: dict[int, list[Rows]] = {}
         self._tables: dict[int, Mapping[int, Communicator]] = {}
         self._with_p2p: set[str] = set()
+        self._positions: dict[int, Sequence[str]] = {}
 
     # --- what is slow --------------------------------------------------------------------------------------------
     def take(self, rank: int, steps: Rows, samples: Rows, table: Mapping[int, Communicator]) -> None:
@@ -60,6 +62,10 @@ class Judge:
             self._tables[rank] = table
             p2p = samples[np.isin(samples["op"], [int(op) for op in POINT_TO_POINT])]
             self._with_p2p |= {table[row].id for row in np.unique(p2p["communicator"]).tolist() if row in table}
+
+    def name_positions(self, rank: int, names: Sequence[str]) -> None:
+        """What the positions of the rank's steps are: (POSITIONS,), "" unknown."""
+        self._positions[rank] = names
 
     def _unmasked(self, rank: int, steps: Rows) -> Rows:
         """Where most steps take a snapshot they are compared with one another: left out, nothing would be judged."""
@@ -99,7 +105,8 @@ class Judge:
             self._infer(states, communicators)
         has_changed = False
         if self._compute is not None:
-            found = self._adjusted(self._compute.judge(self.history), health)
+            named = [self._with_places(fault) for fault in self._compute.judge(self.history)]
+            found = self._adjusted(named, health)
             has_changed |= self.log.update(Family.COMPUTE, found, now_s)
         if self._samples or peers is not None:
             # Arrays joined as such are promoted field by field, which is most of the cost where ranks are many.
@@ -112,6 +119,10 @@ class Judge:
             found = self._adjusted(self._communication.judge(peers, self._slow_ranks), health)
             has_changed |= self.log.update(Family.COMMUNICATION, found, now_s)
         return has_changed
+
+    def _with_places(self, fault: Fault) -> Fault:
+        names = self._positions.get(fault.evidence.get("rank", -1))
+        return with_places(fault, names) if names else fault
 
     @property
     def _slow_ranks(self) -> set[int]:

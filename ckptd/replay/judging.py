@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from ckptd.detect.compute_verdicts import with_places
 from ckptd.detect.faultlog import RANKING
 from ckptd.detect.hang import POST_MORTEM, judge_hang
 from ckptd.detect.judge import SETTLE_S, Judge
@@ -69,7 +70,7 @@ def examine_file(path: Path, layout_file: Path | None = None) -> Judged:
     if layout_file is None:
         raise InvalidRequest(f"{path} does not say which ranks do the same work", "give --layout FILE too")
     judged = examine_recording(Recording(*read_timelines(path, layout_file)))
-    return replace(judged, faults=[_named(fault) for fault in judged.faults])
+    return replace(judged, faults=[with_places(fault, POSITION_NAMES) for fault in judged.faults])
 
 
 def _examine_dumps(folder: Path) -> Judged:
@@ -87,16 +88,6 @@ def _layout(layout_file: Path, world_size: int) -> Layout:
     if sizes.world_size != world_size:
         raise InvalidRequest(f"layout {layout_file} has {sizes.world_size} ranks, the recording {world_size}")
     return sizes.layout()
-
-
-def _named(fault: Fault) -> Fault:
-    """With the names of a timeline's positions."""
-    if "worst_positions" not in fault.evidence:
-        return fault
-    places = [
-        {**place, "name": POSITION_NAMES.get(place["position"], "")} for place in fault.evidence["worst_positions"]
-    ]
-    return replace(fault, evidence={**fault.evidence, "worst_positions": places})
 
 
 def judge_timings(timings: Timings, layout: Layout | None) -> list[Fault]:

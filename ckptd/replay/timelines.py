@@ -53,7 +53,8 @@ _SYNCHRONISING: Final = (
 _ROOTED: Final = ("broadcast", "reduce", "scatter")
 _COMPUTATION: Final = -1
 # What positions are called, for those who read evidence.
-POSITION_NAMES: Final = {position(name): name for name in ("forward-compute", "backward-compute", "optimizer")}
+_COMPUTATIONS: Final = {position(name): name for name in ("forward-compute", "backward-compute", "optimizer")}
+POSITION_NAMES: Final = tuple(_COMPUTATIONS.get(place, "") for place in range(POSITIONS))
 # Of one file: rows, characters of a name, and steps of all workers together.
 MOST_EVENTS: Final = 1 << 24
 _MOST_CHARACTERS: Final = 128

@@ -60,6 +60,8 @@ def test_a_slow_rank_is_named_on_every_daemon_and_resolved_once_it_is_not(make_f
         assert fault["kind"] == "slow_compute"
         assert fault["since_step"] >= 30
         assert "rank 2" in fault["evidence"]["summary"]
+        places = [place["name"] for place in fault["evidence"]["worst_positions"]]
+        assert any("all_reduce" in name for name in places), places
     wait_until(lambda: is_known({}, []), "the fault to be over", 60)
     assert [fault["ranks"] for fault in faults(fleet.daemons[3], has_resolved=True)] == [[2]]
 

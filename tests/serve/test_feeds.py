@@ -72,6 +72,18 @@ def test_there_is_news_of_ranks_once_each_was_heard_of_since_the_last_report() -
     assert not feed.has_news_of([0, 1])
 
 
+def test_what_positions_are_called_is_told_once_and_again_to_another_analyst() -> None:
+    feed = NodeFeed(2)
+    feed.begin("a")
+    feed.take(report(0, 40, entry(0, "w")), 0.0)
+    (names,) = ({name for name in told(feed).ranks[0].positions if name},)
+    assert any("all_reduce" in name for name in names)
+    feed.take(report(40, 40), 0.0)
+    assert not told(feed).ranks[0].positions
+    feed.begin("b")
+    assert {name for name in told(feed).ranks[0].positions if name} == names
+
+
 def test_an_analyst_that_is_new_is_told_the_newest_steps_and_those_that_came_since_once() -> None:
     feed = NodeFeed(2)
     feed.begin("a")

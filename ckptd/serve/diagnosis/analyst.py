@@ -19,7 +19,7 @@ from ckptd.detect.layout import Layout
 from ckptd.detect.pictures import Scene
 from ckptd.detect.records import Communicator, Fault, RankState, Timings
 from ckptd.errors import InstanceChanged, InvalidRequest, few
-from ckptd.format.timings import SAMPLE, SELF, unpack
+from ckptd.format.timings import POSITIONS, SAMPLE, SELF, unpack
 from ckptd.model import Incarnation, Roster
 from ckptd.replay.recording import Recording
 from ckptd.serve.diagnosis.feeds import KEPT_STEPS, MOST_SAMPLES
@@ -120,6 +120,10 @@ class Analyst:
         if len(steps) or len(samples):
             self._judge.take(item.rank, steps, samples, view.table)
             self._has_news = True
+        if item.positions:
+            if len(item.positions) != POSITIONS:
+                raise InvalidRequest(f"rank {item.rank} names {len(item.positions)} positions, not {POSITIONS}")
+            self._judge.name_positions(item.rank, tuple(item.positions))
         is_gone = item.is_dead or item.has_left or bool(item.error)
         if is_gone or (item.HasField("heartbeat") and item.coverage.source != "none"):
             view.states[item.rank] = rank_state(item, node, view.table, now_s)

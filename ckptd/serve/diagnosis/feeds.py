@@ -28,6 +28,7 @@ MOST_SAMPLES: Final = 8192
 MOST_COMMUNICATORS: Final = 4096
 MOST_OF_NODE: Final = 4 * MOST_COMMUNICATORS
 _MOST_MEMBERS: Final = 1 << 20
+_MOST_NAME: Final = 200
 
 
 @dataclass(slots=True)
@@ -45,6 +46,7 @@ class RankFeed:
     coverage: timings_pb2.Coverage | None = None
     heard_s: float = 0.0
     is_heard: bool = False  # since the last report
+    told_positions: frozenset[str] = frozenset()
 
 
 class NodeTable:
@@ -194,9 +196,18 @@ class NodeFeed:
                 item.silent_seconds = max(0.0, now_s - feed.heard_s)
                 item.steps = pack(feed.kept[len(feed.kept) - feed.unsent :])
                 item.samples = pack(feed.samples)
+                if feed.unsent and (names := self._news_of_positions(feed)):
+                    item.positions.extend(names)
                 feed.unsent, feed.is_heard = 0, False
                 feed.samples = feed.samples[:0]
             self._is_mesh_told = self._mesh is not None
+
+    @staticmethod
+    def _news_of_positions(feed: RankFeed) -> tuple[str, ...]:
+        """What its positions are called, when that was not told; their order says nothing new."""
+        names = tuple(name[:_MOST_NAME] for name in feed.reducer.position_names)
+        before, feed.told_positions = feed.told_positions, frozenset(names)
+        return names if feed.told_positions != before else ()
 
     def is_new_sample(self, at_s: float) -> bool:
         """The sample of the node at ``at_s`` was not told this analyst before."""
@@ -235,7 +246,7 @@ class NodeFeed:
         self._is_mesh_told = False
         self._sampled_s = -math.inf
         for feed in self._ranks.values():
-            feed.unsent = len(feed.kept)
+            feed.unsent, feed.told_positions = len(feed.kept), frozenset()
 
 
 def _items(

@@ -308,6 +308,7 @@ class RankReport(_message.Message):
     GONE_SECONDS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     steps: _builtins.bytes
     """Rows of SELF."""
@@ -328,6 +329,10 @@ class RankReport(_message.Message):
 
     @_builtins.property
     def coverage(self) -> _timings_pb2.Coverage: ...
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the positions of its steps are called, "" unknown; absent when they are as told before."""
+
     def __init__(
         self,
         *,
@@ -342,10 +347,11 @@ class RankReport(_message.Message):
         gone_seconds: _builtins.float = ...,
         error: _builtins.str = ...,
         signal: _builtins.int = ...,
+        positions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "heartbeat", b"heartbeat"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "error", b"error", "gone_seconds", b"gone_seconds", "has_left", b"has_left", "heartbeat", b"heartbeat", "is_dead", b"is_dead", "rank", b"rank", "samples", b"samples", "signal", b"signal", "silent_seconds", b"silent_seconds", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "error", b"error", "gone_seconds", b"gone_seconds", "has_left", b"has_left", "heartbeat", b"heartbeat", "is_dead", b"is_dead", "positions", b"positions", "rank", b"rank", "samples", b"samples", "signal", b"signal", "silent_seconds", b"silent_seconds", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
