@@ -26,6 +26,17 @@ def main() -> int:
     if not layout.state.is_dir():
         sys.stdout.write(f"no stack in {layout.state}\n")
         return 0
+    try:
+        ended = end(layout)
+    except OSError as error:  # somebody else's stack, or a read-only folder
+        sys.stderr.write(f"deploy/local/down: {error}\n")
+        return 1
+    sys.stdout.write(f"ended: {', '.join(path.stem for path in ended) or 'nothing, all had ended'}\n")
+    return 0
+
+
+def end(layout: Layout) -> list[Path]:
+    """The pid files of what ran; the folder is gone, unless other things lie in it."""
     lock_path = layout.state / "lock"
     with lock_path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -35,8 +46,7 @@ def main() -> int:
         lock_path.unlink()
     with contextlib.suppress(OSError):  # something else lies there
         layout.state.rmdir()
-    sys.stdout.write(f"ended: {', '.join(path.stem for path in ended) or 'nothing, all had ended'}\n")
-    return 0
+    return ended
 
 
 def _remove(path: Path) -> None:

@@ -36,8 +36,8 @@ def living(pid_file: Path) -> int | None:
         text = pid_file.read_text()
     except FileNotFoundError:
         return None
-    pid = int(text.split()[0]) if text else None  # empty: it ended before it could be written down
-    return pid if pid and text == _identity(pid) else None
+    number = text.partition(" ")[0]  # none: it ended before it could be written down, or the disk was full
+    return int(number) if number.isdecimal() and text == _identity(int(number)) else None
 
 
 def end(pid_files: Iterable[Path], grace_s: float) -> list[Path]:

@@ -52,8 +52,13 @@ class Addresses:
 
     @classmethod
     def from_json(cls, text: str) -> Addresses:
-        fields = json.loads(text)
-        return cls(**{**fields, "peers": tuple(fields["peers"]), "http": tuple(fields["http"])})
+        try:
+            fields = json.loads(text)
+            return cls(**{**fields, "peers": tuple(fields["peers"]), "http": tuple(fields["http"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CannotStart(
+                f"stack.json of the stack that runs is damaged: `deploy/local/down` first ({error})"
+            ) from error
 
 
 @dataclass(frozen=True)

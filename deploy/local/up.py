@@ -22,27 +22,33 @@ from plan import NODES, STATE, Addresses, CannotStart, Layout, Program, fixed_ad
 _PATIENCE_S: Final = 60.0
 _POLL_S: Final = 0.1
 _LAST_LINES: Final = 8
+_DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy has our loopback behind it
 
 
 def main() -> int:
     options = _parse()
     layout = Layout(options.state.absolute())
-    layout.state.mkdir(parents=True, exist_ok=True)
     try:
+        layout.state.mkdir(parents=True, exist_ok=True)
         with (layout.state / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             at = start(layout, options.webhook, has_free_ports=options.free_ports)
-    except CannotStart as error:
+    except (CannotStart, OSError) as error:  # of the folder: it is a file, somebody else's, read-only, full
         sys.stderr.write(f"deploy/local/up: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("deploy/local/up: interrupted; what was started runs on: `deploy/local/down` ends it\n")
+        return 130
     sys.stdout.write(layout.describe(at) + "\n" if options.json else _told(layout, at))
     return 0
 
 
 def start(layout: Layout, webhook: str, *, has_free_ports: bool) -> Addresses:
     """All that does not run yet; returns once everything serves."""
-    import configs  # needs PyYAML, which only an installed repository has
-
+    try:
+        import configs
+    except ModuleNotFoundError as error:
+        raise CannotStart(f"{error}: `make demo` in the repository installs what is needed") from error
     at = _addresses(layout, webhook, has_free_ports=has_free_ports)
     wanted = programs(layout, at)
     layout.addresses.write_text(at.as_json())
@@ -82,7 +88,7 @@ def _wait_ready(program: Program, layout: Layout, until_s: float) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as reply:  # noqa: S310  of our own programs
+        with _DIRECT.open(url, timeout=2) as reply:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -90,7 +96,7 @@ def _answers(url: str) -> bool:
 
 # --- for people ---------------------------------------------------------------------------------------------------
 def _told(layout: Layout, at: Addresses) -> str:
-    sockets = [f"unix://{layout.socket(node)}" for node in range(NODES)]
+    sockets = [shlex.quote(f"unix://{layout.socket(node)}") for node in range(NODES)]
     rows = [
         ("alerts, queries", f"http://127.0.0.1:{at.prometheus}/alerts"),
         ("what is told", f"http://127.0.0.1:{at.alertmanager}, to {at.webhook or 'nobody (--webhook URL)'}"),

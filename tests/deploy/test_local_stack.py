@@ -39,9 +39,10 @@ def state(tmp_path: Path) -> Iterator[Path]:
 
 
 def call(script: str, state: Path, *options: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
+    """Behind a proxy that does not answer, as on company networks."""
     return subprocess.run(
         [LOCAL / script, "--state", state, *options],
-        env=clean_environment(PATH=path),
+        env=clean_environment(PATH=path, http_proxy="http://127.0.0.1:9"),
         capture_output=True,
         text=True,
         timeout=START_S,
@@ -94,6 +95,14 @@ def test_a_process_that_took_over_a_number_is_left_alone(lifetimes: ModuleType, 
     os.waitpid(pid, 0)
 
 
+@pytest.mark.parametrize("text", ["", "\n", "what?\n", "1 2\n", "-1 0 boot\n", "9" * 30])
+def test_a_damaged_file_is_of_no_process(lifetimes: ModuleType, tmp_path: Path, text: str) -> None:
+    pid_file = tmp_path / "damaged.pid"
+    pid_file.write_text(text)
+    assert lifetimes.living(pid_file) is None
+    assert lifetimes.end([pid_file], 0.0) == []
+
+
 # --- the stack ----------------------------------------------------------------------------------------------------
 def test_a_program_that_is_missing_is_named_with_the_package_that_has_it(state: Path, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
@@ -104,6 +113,58 @@ def test_a_program_that_is_missing_is_named_with_the_package_that_has_it(state: 
     assert done.returncode == 1
     assert "apt install prometheus prometheus-alertmanager" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("script", ["up", "down"])
+def test_a_folder_that_cannot_be_used_is_a_message(script: str, tmp_path: Path) -> None:
+    blocked = tmp_path / "state"
+    (blocked / "lock").mkdir(parents=True)
+    done = call(script, blocked)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"deploy/local/{script}: ")
+    assert str(blocked / "lock") in done.stderr
+
+
+def test_a_file_in_the_place_of_the_folder_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    done = call("up", tmp_path / "state")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
+def test_a_python_without_what_it_needs_is_a_message(state: Path) -> None:
+    words = [sys.executable, "-S", LOCAL / "up.py", "--state", state]
+    done = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, timeout=START_S, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "No module named 'yaml': `make demo`" in done.stderr
+
+
+def test_a_search_path_for_folders_leads_nowhere_else(state: Path) -> None:
+    root = LOCAL.parents[1]
+    done = subprocess.run(
+        ["deploy/local/down", "--state", state],
+        cwd=root,
+        env=clean_environment(CDPATH=str(root)),
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, f"no stack in {state}\n")
+
+
+def test_addresses_that_are_damaged_under_a_living_stack_are_a_message(
+    lifetimes: ModuleType, state: Path, tmp_path: Path
+) -> None:
+    state.mkdir()
+    pid, _ = sleeper(lifetimes, tmp_path)
+    shutil.copy(tmp_path / "sleeper.pid", state / "node-1.pid")
+    (state / "stack.json").write_text('{"prometheus": ')
+    done = call("up", state)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "stack.json" in done.stderr
+    assert "`deploy/local/down` first" in done.stderr
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def test_down_without_a_stack_says_so(state: Path) -> None:

@@ -91,7 +91,7 @@ def outcomes() -> dict[tuple[str, str], set[str]]:
     for path in RULE_TESTS:
         for test in yaml.safe_load(path.read_text())["tests"]:
             firing: dict[str, set[str]] = defaultdict(set)
-            for check in test["alert_rule_test"]:
+            for check in test.get("alert_rule_test", ()):
                 alert = check["alertname"]
                 now = {found["exp_labels"]["severity"] for found in check["exp_alerts"]}
                 for severity in now:
@@ -99,7 +99,7 @@ def outcomes() -> dict[tuple[str, str], set[str]]:
                 for severity in firing[alert] - now:
                     seen[alert, severity].add("resolves")
                 firing[alert] |= now
-            for check in test["alert_rule_test"]:
+            for check in test.get("alert_rule_test", ()):
                 if not firing[check["alertname"]]:
                     seen[check["alertname"], ""].add("stays silent")
     return seen
