@@ -40,6 +40,8 @@ _STALL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 _RPC_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 _BULK_BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 
+_OPENMETRICS: Final = "application/openmetrics-text"
+
 # A counter that first appears as 1 did not rise in the eyes of increase(): what an alert counts begins at 0.
 _FROM_ZERO: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "corrupt_total": {"place": ("memory", "parity", "tier")},
@@ -315,7 +317,8 @@ class Metrics:
     # --- use -----------------------------------------------------------------------------------------------------
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The body of /metrics and its content type: OpenMetrics for who asks for it (``accept``), else plain text."""
-        encode, content_type = choose_encoder(accept)
+        # Whatever else is asked of a format (a version, an escaping) is not looked at: it cannot make this fail.
+        encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in accept.lower() else "")
         with self._lock:
             shown = frozenset(self._runs)
         return encode(_Page(self.registry, shown)), content_type

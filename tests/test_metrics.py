@@ -171,3 +171,19 @@ def test_the_document_names_series_as_they_are_scraped(series: str) -> None:
 
 def test_the_document_is_what_the_code_prints() -> None:
     assert DOC.read_text() == Metrics().markdown(), "run: python -m ckptd.metrics > docs/METRICS.md"
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("application/openmetrics-text;version=abc", "application/openmetrics-text; version=1.0.0"),
+        ("application/openmetrics-text;version=99.1;escaping=x,*/*", "application/openmetrics-text; version=1.0.0"),
+        ("APPLICATION/OpenMetrics-Text", "application/openmetrics-text; version=1.0.0"),
+        ("text/plain;version=abc;escaping=", "text/plain; version=0.0.4"),
+        (", ;;=, \xff", "text/plain; version=0.0.4"),
+    ],
+)
+def test_whatever_is_asked_of_a_format_there_is_a_page(accept: str, kind: str) -> None:
+    body, content_type = metrics_of("gpt").render(accept)
+    assert content_type.startswith(kind)
+    assert body.endswith(b"# EOF\n") == content_type.startswith("application/")

@@ -7,6 +7,7 @@ in the record of the image or of the group.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol
@@ -32,10 +33,13 @@ from ckptd.peers.transport import Piece, Transport, batch_blocks
 
 PEER: Final = "peer"
 RECONSTRUCTION: Final = "reconstruction"
+SLOTS: Final = "memory"
+PARITY: Final = "parity"
 log = structlog.get_logger()
 
 DescribeImage = Callable[[Holder, str, SnapshotId, Sequence[int]], ImageRecord]
 DescribeGroup = Callable[[Holder, str, SnapshotId, int], GroupRecord]
+OnCorrupt = Callable[[str, str, str], None]
 
 
 class Target(Protocol):
@@ -83,18 +87,41 @@ class _Filler:
         self._target.seal(table)
 
 
+class _Corruption:
+    """Corrupt copies that one rebuild comes upon, each told once, however often it is asked for. From any thread."""
+
+    def __init__(self, run: str, tell: OnCorrupt) -> None:
+        self._run = run
+        self._tell = tell
+        self._told: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def look(self, error: CkptdError, place: str, where: str) -> None:
+        """``error`` came of what is in ``place`` at ``where``."""
+        if not isinstance(error, Corrupt) and not isinstance(error.__cause__, Corrupt):
+            return
+        with self._lock:
+            is_known = (place, where) in self._told
+            self._told.add((place, where))
+        if not is_known:
+            self._tell(self._run, place, f"{where}: {error.message}")
+
+
 class Rebuilder:
-    """``transport_to`` gives the way to a holder: its own arena needs no socket."""
+    """``transport_to`` gives the way to a holder: its own arena needs no socket. ``on_corrupt(run, place, problem)``
+    hears of every copy that does not match its checksums; place is SLOTS or PARITY."""
 
     def __init__(
         self,
         transport_to: Callable[[Holder], Transport],
         describe_image: DescribeImage,
         describe_group: DescribeGroup,
+        on_corrupt: OnCorrupt,
     ) -> None:
         self._transport_to = transport_to
         self._describe_image = describe_image
         self._describe_group = describe_group
+        self._on_corrupt = on_corrupt
         self._unlimited = TokenBucket(0)  # a job waits for a restore
 
     def rebuild(self, run: str, snapshot: SnapshotId, rank: int, holders: Sequence[Holder], target: Target) -> str:
@@ -105,16 +132,23 @@ class Rebuilder:
             UnknownStep: no peer holds anything of it.
             RestoreFailed: something is held, but none of it will do; the message says what was wrong with each.
         """
+        corruption = _Corruption(run, self._on_corrupt)
         sound = [holder for holder in holders if not holder.is_at_fault]
         if len(sound) < len(holders):
             try:
-                return self._rebuild_from(sound, run, snapshot, rank, target)
+                return self._rebuild_from(sound, run, snapshot, rank, target, corruption)
             except CkptdError as error:
                 log.info("nodes at fault are asked", run=run, rank=rank, reason=error.message)
-        return self._rebuild_from(holders, run, snapshot, rank, target)
+        return self._rebuild_from(holders, run, snapshot, rank, target, corruption)
 
     def _rebuild_from(
-        self, holders: Sequence[Holder], run: str, snapshot: SnapshotId, rank: int, target: Target
+        self,
+        holders: Sequence[Holder],
+        run: str,
+        snapshot: SnapshotId,
+        rank: int,
+        target: Target,
+        corruption: _Corruption,
     ) -> str:
         problems: list[str] = []
         for holder in (h for h in holders if rank in h.ranks.get(snapshot, ())):
@@ -122,13 +156,15 @@ class Rebuilder:
                 self._copy(run, snapshot, rank, holder, target)
                 return PEER
             except CkptdError as error:
+                corruption.look(error, SLOTS, name_of(holder))
                 problems.append(f"{name_of(holder)}: {error.message}")
         groups = [g for g in groups_of(holders, snapshot).values() if any(rank in ranks for ranks in g.images)]
         for group in sorted(groups, key=lambda g: -len(g.fragments)):
             try:
-                self._reconstruct(run, snapshot, rank, group, holders, target)
+                self._reconstruct(run, snapshot, rank, group, holders, target, corruption)
                 return RECONSTRUCTION
             except CkptdError as error:
+                corruption.look(error, PARITY, f"group {group.geometry}")
                 problems.append(f"group {group.geometry}: {error.message}")
         if not problems:
             raise UnknownStep(f"no peer holds rank {rank} of {snapshot}")
@@ -158,6 +194,7 @@ class Rebuilder:
         group: ParityHeld,
         holders: Sequence[Holder],
         target: Target,
+        corruption: _Corruption,
     ) -> None:
         record = self._record(run, snapshot, group, holders)
         position = next(i for i, image in enumerate(record.images) if rank in image.ranks)
@@ -174,7 +211,7 @@ class Rebuilder:
             stripe = stripes.stripe_of(position, piece)
             wanted = stripes.column_of(stripe, position)
             choose = partial(self._choose, run, record, stripes, stripe, position, holders, failed)
-            for at, n, fragments in self._fragments(choose, first, count, size, failed):
+            for at, n, fragments in self._fragments(choose, first, count, size, failed, corruption):
                 failpoint("rebuild.batch")
                 here = piece * stripes.piece_blocks + at - start
                 place = filler.place(here, n)
@@ -195,6 +232,7 @@ class Rebuilder:
         count: int,
         size: int,
         failed: dict[Source, str],
+        corruption: _Corruption,
     ) -> Iterator[tuple[int, int, dict[int, Bytes | None]]]:
         """(first block, number of blocks, k fragments by index) of a stripe, batch by batch. A source that fails goes
         into ``failed``, and another of those left serves from there on."""
@@ -209,6 +247,7 @@ class Rebuilder:
                 if error.source is None:
                     raise
                 log.warning("source set aside", source=error.source.name, reason=error.message)
+                corruption.look(error, SLOTS if error.source.piece.ranks else PARITY, error.source.name)
                 failed[error.source] = error.message
 
     def _record(self, run: str, snapshot: SnapshotId, group: ParityHeld, holders: Sequence[Holder]) -> GroupRecord:

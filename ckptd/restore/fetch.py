@@ -48,13 +48,22 @@ class PeerSource(Protocol):
 
 
 class Fetcher:
-    """``on_corrupt(run, place, problem)`` hears of every copy set aside; place is "memory" or a tier's URL."""
+    """``on_corrupt(run, place, problem)`` hears of every copy set aside; place is "memory" or a tier's URL.
+    ``on_repaired(run)``: of one in this node's memory another was made."""
 
-    def __init__(self, arena: Arena, tiers: Sequence[Tier], peers: PeerSource, on_corrupt: OnCorrupt) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        tiers: Sequence[Tier],
+        peers: PeerSource,
+        on_corrupt: OnCorrupt,
+        on_repaired: Callable[[str], None],
+    ) -> None:
         self._arena = arena
         self._tiers = tiers
         self._peers = peers
         self._on_corrupt = on_corrupt
+        self._on_repaired = on_repaired
 
     def fetch(
         self,
@@ -79,6 +88,8 @@ class Fetcher:
             try:
                 place = self._peers.rebuild(run, snapshot, rank, locate(), filling)
                 _check_world(snapshot, filling.leased.slot.sealed_header.world_size, world_size)
+                if problems:
+                    self._on_repaired(run)
                 return filling.leased, place
             except UnknownStep:
                 pass  # no peer has it

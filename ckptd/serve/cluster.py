@@ -156,14 +156,20 @@ class Cluster:
         coordinator's."""
         coordinator = roster.coordinator
         if coordinator.node_id == self.node_id:
-            found = self._recent(run, roster.entries)
-            return [h for h in found.holders if h.ranks.get(snapshot) or any(p.snapshot == snapshot for p in h.parity)]
+            found = self._recent(run, roster.entries).holders
+            of_it = [h for h in found if h.ranks.get(snapshot) or any(p.snapshot == snapshot for p in h.parity)]
+            return self._own_first(of_it)
         request = pb.LocateRequest(
             run=run, incarnation=incarnation_to_pb(incarnation), snapshot=snapshot_to_pb(snapshot)
         )
         peer = self._channels.peer(coordinator.address)
         answer = peer.call(peer.peers.Locate, request, _PATIENCE_S + 2 * _ASK_S)
-        return [holder_from_pb(holder, snapshot) for holder in answer.holders]
+        return self._own_first([holder_from_pb(holder, snapshot) for holder in answer.holders])
+
+    def _own_first(self, holders: Sequence[Holder]) -> list[Holder]:
+        """This node's own memory, which is behind no link, first, whatever the node is said to suffer from."""
+        own = [replace(holder, is_at_fault=False) for holder in holders if holder.node_id == self.node_id]
+        return [*own, *(holder for holder in holders if holder.node_id != self.node_id)]
 
     def describe_image(
         self, address: str, run: str, snapshot: SnapshotId, ranks: Sequence[int], *, is_here: bool = False
@@ -188,25 +194,44 @@ class Cluster:
     def record_decision(self, run: str, incarnation: Incarnation, roster: Roster, parent: SnapshotId | None) -> None:
         """Have every other daemon of the roster record what the incarnation restores; RestoreUndecided when one cannot
         be told."""
-        request = pb.RecordDecisionRequest(
-            run=run,
-            incarnation=incarnation_to_pb(incarnation),
-            roster=roster_to_pb(roster),
-            parent=snapshot_to_pb(parent) if parent else None,
-        )
-
-        def tell(address: str) -> CkptdError | None:
-            peer = self._channels.peer(address)
-            try:
-                peer.call(peer.peers.RecordDecision, request, _PATIENCE_S)
-            except CkptdError as error:
-                return error
-            return None
-
+        request = _decision(run, incarnation, roster, parent)
         others = sorted({e.address for n, e in roster.nodes.items() if n != self.node_id})
-        for address, problem in zip(others, self._pool.map(tell, others), strict=True):
+        for address, problem in zip(others, self._pool.map(lambda to: self._tell(to, request), others), strict=True):
             if problem is not None:
                 raise RestoreUndecided(f"the daemon at {address} did not record the decision: {problem.message}")
+
+    def tell_left_out(self, run: str, incarnation: Incarnation, roster: Roster, parent: SnapshotId | None) -> None:
+        """Have the daemons that had a part in the run, and have none now, know so as far as they answer: else they show
+        for ever how their start of it ended. Nobody waits for them."""
+        record = self._record_of(run)
+        request = _decision(run, incarnation, roster, parent)
+        for address in _left_out(record.incarnations, roster) if record else ():
+            self._pool.submit(self._tell, address, request)
+
+    def _tell(self, address: str, request: pb.RecordDecisionRequest) -> CkptdError | None:
+        peer = self._channels.peer(address)
+        try:
+            peer.call(peer.peers.RecordDecision, request, _PATIENCE_S)
+        except CkptdError as error:
+            return error
+        return None
+
+
+def _decision(
+    run: str, incarnation: Incarnation, roster: Roster, parent: SnapshotId | None
+) -> pb.RecordDecisionRequest:
+    return pb.RecordDecisionRequest(
+        run=run,
+        incarnation=incarnation_to_pb(incarnation),
+        roster=roster_to_pb(roster),
+        parent=snapshot_to_pb(parent) if parent else None,
+    )
+
+
+def _left_out(records: dict[Incarnation, IncarnationRecord], roster: Roster) -> set[str]:
+    """The addresses of nodes that older rosters name and ``roster`` does not."""
+    present = {entry.address for entry in roster.nodes.values()}
+    return {e.address for e in _old_entries(records) if e.address and e.node_id not in roster.nodes} - present
 
 
 def _old_entries(records: dict[Incarnation, IncarnationRecord]) -> list[RosterEntry]:

@@ -102,7 +102,9 @@ class Drainer:
         wanted = tiers_for(drain.snapshot.step, (tier.spec for tier in self._tiers))
         for tier in (tier for tier in self._tiers if tier.spec in wanted):
             record = tier.write_rank(drain.run, drain.snapshot, drain.rank, layout, slot.payload, slot.table)
-            self._metrics.bytes_total.labels(drain.run, "drained", tier.spec.label).inc(layout.payload_bytes)
+            self._metrics.bytes_total.labels(drain.run, "drained", tier.spec.label).inc(
+                record.index_bytes + sum(array.size_bytes for array in record.arrays)
+            )
             if tier.spec.scope == "node":
                 drain.commits.written(tier, drain.snapshot, record)
                 continue

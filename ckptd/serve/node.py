@@ -21,13 +21,15 @@ from ckptd.files import write_atomic
 from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId, check_run_name
 from ckptd.peers.pace import Pace, Wish
-from ckptd.restore.inventory import MEMORY, record_in_tiers
+from ckptd.peers.rebuild import PARITY, SLOTS
+from ckptd.restore.inventory import record_in_tiers
 from ckptd.serve.commits import NodeCommits, manifest_of_node
 from ckptd.serve.coordinator import Coordinator
 from ckptd.serve.diagnosis.diagnosis import Diagnosis
 from ckptd.serve.drainer import Drainer
 from ckptd.serve.node_run import NodeRun
 from ckptd.serve.peering import Peering, check_addresses
+from ckptd.serve.run_marks import marks_of
 from ckptd.serve.scrubber import Scrubber
 from ckptd.serve.sessions import Identity, Sessions
 from ckptd.tiers.tier import Tier
@@ -109,7 +111,10 @@ class Node:
 
     def on_corrupt(self, run: str, place: str, problem: str) -> None:
         log.error("corrupt copy set aside", run=run, place=place, problem=problem)
-        self.metrics.corrupt_total.labels(run, MEMORY if place == MEMORY else "tier").inc()
+        self.metrics.corrupt_total.labels(run, place if place in (SLOTS, PARITY) else "tier").inc()
+
+    def on_repaired(self, run: str) -> None:
+        self.metrics.repaired_total.labels(run, "slot").inc()
 
     # --- runs ----------------------------------------------------------------------------------------------------
     def node_runs(self) -> list[NodeRun]:
@@ -299,8 +304,15 @@ class Node:
                 return
             if is_overtaken:
                 self._drop(key)
-            if self.is_ended(node_run.run):
+            else:
+                node_run.close()
+            if self.is_ended(node_run.run) or not any(run == node_run.run for run, _ in self._runs):
                 self.metrics.forget_run(node_run.run)
+
+    def is_over(self, run: str, incarnation: Incarnation) -> bool:
+        """It has ended, and nothing newer has begun: there is nothing to look after."""
+        newest = record.newest if (record := self.records.get(run)) else None
+        return newest is not None and newest.incarnation == incarnation and newest.is_ended
 
     def forget(self, run: str) -> None:
         """Drop a run's slots and record from memory: its checkpoints in the tiers stay."""
@@ -327,6 +339,7 @@ class Node:
         roster = self._runs[run, incarnation].roster
         self.peering.cluster.record_decision(run, incarnation, roster, parent)
         self._record_in_tiers(run, self.remember_decision(run, incarnation, roster, parent))
+        self.peering.cluster.tell_left_out(run, incarnation, roster, parent)
         coordinator = self._coordinators.get((run, incarnation))
         if coordinator and parent:
             coordinator.restored(parent)
@@ -338,6 +351,7 @@ class Node:
         decided = self.remember_decision(run, incarnation, node_run.roster, None)
         if node_run.is_coordinated_here:
             self._record_in_tiers(run, decided)
+            self.peering.cluster.tell_left_out(run, incarnation, node_run.roster, None)
 
     def _record_in_tiers(self, run: str, decided: IncarnationRecord) -> None:
         for problem in record_in_tiers(self.tiers, run, decided):
@@ -376,21 +390,4 @@ class Node:
     def marks_of(self, run: str) -> RunMarks:
         record = self.records.get(run)
         newest = record.newest if record else None
-        if newest is None:
-            return RunMarks()
-        node_run = self._runs.get((run, newest.incarnation))
-        if node_run is None:
-            return RunMarks(newest.incarnation, newest.is_decided, newest.parent)
-        staged, protected, protecting, dead, is_protected = node_run.reached()
-        # Until something of this incarnation is protected, what was protected before is all that a lost node leaves.
-        is_bare = bool(node_run.groups) and not is_protected
-        fallbacks = self._parity_before(run, newest) if is_bare else ()
-        return RunMarks(
-            newest.incarnation, newest.is_decided, newest.parent, staged, protected, protecting, fallbacks, dead
-        )
-
-    def _parity_before(self, run: str, newest: IncarnationRecord) -> set[SnapshotId]:
-        """Snapshots of older incarnations, not newer than the one restored, of which parity is here."""
-        with self.arena.lock:
-            held = {file.held.group.snapshot for file in self.arena.parity.sealed(run)}
-        return {s for s in held if newest.parent and s <= newest.parent}
+        return marks_of(record, self._runs.get((run, newest.incarnation)) if newest else None, self.arena)

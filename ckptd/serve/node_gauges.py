@@ -10,6 +10,7 @@ import math
 
 from ckptd.erasure.groups import losses_tolerated
 from ckptd.format.slot import SlotState
+from ckptd.serve.coordinator import SILENT_S
 from ckptd.serve.node import Node
 from ckptd.serve.node_run import NodeRun
 
@@ -42,4 +43,14 @@ def _observe_run(node: Node, run: NodeRun) -> None:
     metrics.reports_queued.labels(name).set(run.reporter.queued)
     # Without a group there is nothing to lose; with one, 0 while nothing is protected.
     metrics.losses_planned.labels(name).set(losses_tolerated(run.groups, ()) if run.groups else math.nan)
-    metrics.losses_tolerated.labels(name).set(run.watermarks.losses_tolerated if run.groups else math.nan)
+    metrics.losses_tolerated.labels(name).set(_tolerated(run) if run.groups else math.nan)
+
+
+def _tolerated(run: NodeRun) -> int:
+    """As the coordinator says; while ranks here go on and it does not answer, without its node, as it would say of any
+    other."""
+    marks = run.watermarks
+    is_alone = run.has_members and run.reporter.silent_s > SILENT_S
+    if not (is_alone and marks.HasField("parity_of")):
+        return marks.losses_tolerated
+    return losses_tolerated(run.groups, {*marks.silent_nodes, run.roster.coordinator.node_id})

@@ -83,7 +83,7 @@ class NodeRun:
         self._instance = instance
         self._arena = arena
         self._drainer = drainer
-        self._figures = RunMetrics(metrics, run, self._sealed_at_s)
+        self._figures = RunMetrics(metrics, run, self._sealed_at_s())
         self._commits = commits
         self._link = link
         self._on_marks = on_marks
@@ -215,10 +215,11 @@ class NodeRun:
                 found.add(record.snapshot)
         return found
 
-    def _sealed_at_s(self, step: int) -> float | None:
-        slots = self._arena.sealed(self.run)
-        snapshot = SnapshotId(self.incarnation, step)
-        return max((h.sealed_at_s for s in slots if (h := s.header) and h.snapshot == snapshot), default=None)
+    def _sealed_at_s(self) -> dict[int, float]:
+        """When each step of the incarnation that is here was sealed, since the epoch."""
+        headers = [slot.header for slot in self._arena.sealed(self.run)]
+        mine = [header for header in headers if header and header.snapshot.incarnation == self.incarnation]
+        return {h.snapshot.step: h.sealed_at_s for h in sorted(mine, key=lambda h: h.sealed_at_s)}
 
     def protection(
         self, level: pb.Level.ValueType, snapshot: SnapshotId, reason: str = "", version: int | None = None

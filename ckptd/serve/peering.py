@@ -42,6 +42,8 @@ class Hooks(Protocol):
 
     def on_corrupt(self, run: str, place: str, problem: str) -> None: ...
 
+    def on_repaired(self, run: str) -> None: ...
+
 
 class Peering:
     """``shelf`` gives, ``cluster`` asks, ``protecting`` makes parity, ``fetcher`` brings shards here."""
@@ -61,8 +63,8 @@ class Peering:
             settings.protect_deadline_s,
         )
         self.protecting = Protecting(arena, self.protector, node.marks_of)
-        rebuilder = Rebuilder(self.transport_to, self._describe_image, self.cluster.describe_group)
-        self.fetcher = Fetcher(arena, tiers, rebuilder, node.on_corrupt)
+        rebuilder = Rebuilder(self.transport_to, self._describe_image, self.cluster.describe_group, node.on_corrupt)
+        self.fetcher = Fetcher(arena, tiers, rebuilder, node.on_corrupt, node.on_repaired)
 
     def transport_to(self, holder: Holder) -> Transport:
         """The way to what ``holder`` has: none is needed to this node's own arena."""

@@ -1,15 +1,17 @@
 """What one start of a run tells the metrics as it goes on: levels reached, dead steps, commits. Layer: ``serve``.
 
-Every daemon of a run counts what the coordinator's watermarks say. Invariants: what the first watermarks hold happened
-before this daemon heard of it, so it is shown and not counted; a gap between two steps is of this start of the run and
-this life of the daemon, never across a stop.
+Every daemon of a run counts what the coordinator's watermarks say. Invariants: what the first watermarks hold, and what
+was sealed before this life of the daemon, happened before it, so it is shown and not counted, and its time is that of
+the seal or not known; a level never goes back, whatever a coordinator that restarted finds again; a gap between two
+steps is of this start of the run and this life of the daemon, never across a stop.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Final
 
@@ -24,20 +26,20 @@ _ENOUGH: Final = 3  # a snapshot that was due for another reason (a slow node) m
 
 
 class RunMetrics:
-    """See the module. ``sealed_at_s`` gives the time since the epoch at which a step was sealed here, None when it is
-    not; ``clock`` the time since the epoch, ``monotonic`` seconds for gaps."""
+    """See the module. ``sealed_before``: when each step was sealed that this daemon found when it started, since the
+    epoch; ``clock`` gives the time since the epoch, ``monotonic`` seconds for gaps."""
 
     def __init__(
         self,
         metrics: Metrics,
         run: str,
-        sealed_at_s: Callable[[int], float | None],
+        sealed_before: Mapping[int, float],
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
         self._run = run
-        self._sealed_at_s = sealed_at_s
+        self._sealed_before = dict(sealed_before)
         self._clock = clock
         self._monotonic = monotonic
         self._is_first = True
@@ -47,9 +49,10 @@ class RunMetrics:
         self._gaps_s: dict[str, deque[float]] = {level: deque(maxlen=_GAPS) for level in LEVELS}
 
     def follow(self, marks: types_pb2.Watermarks) -> None:
-        """The watermarks have changed. Those of a coordinator that restarted lack levels, which come back later."""
+        """The watermarks have changed. Those of a coordinator that restarted lack levels, which come back later, from
+        older steps on."""
         for level in LEVELS:
-            if marks.HasField(level) and getattr(marks, level) != self._steps.get(level):
+            if marks.HasField(level) and getattr(marks, level) > self._steps.get(level, -1):
                 self._reach(level, getattr(marks, level))
         if not self._is_first:
             dead = {outcome.step for outcome in marks.dead} - {outcome.step for outcome in self._last.dead}
@@ -61,17 +64,19 @@ class RunMetrics:
         metrics, now_s = self._metrics, self._monotonic()
         self._steps[level] = step
         metrics.snapshot_step.labels(self._run, level).set(step)
-        # Of a snapshot older than this daemon's life all that is known is when it was sealed.
-        reached_at_s = self._sealed_at_s(step) if self._is_first else None
-        metrics.snapshot_timestamp_seconds.labels(self._run, level).set(reached_at_s or self._clock())
+        # Of a snapshot older than this daemon's life all that is known is when it was sealed, if it is here.
+        is_older = self._is_first or step in self._sealed_before
+        reached_at_s = self._sealed_before.get(step, math.nan) if is_older else self._clock()
+        metrics.snapshot_timestamp_seconds.labels(self._run, level).set(reached_at_s)
+        if is_older:
+            return
         if level in self._reached_s:
             gaps_s = self._gaps_s[level]
             gaps_s.append(now_s - self._reached_s[level])
             if len(gaps_s) >= _ENOUGH:
                 metrics.snapshot_interval_seconds.labels(self._run, level).set(median(gaps_s))
-        if not self._is_first:
-            self._reached_s[level] = now_s
-            self._commits("committed", level == "durable")
+        self._reached_s[level] = now_s
+        self._commits("committed", level == "durable")
 
     def _commits(self, result: str, count: int) -> None:
         if count:

@@ -52,8 +52,11 @@ class Upkeep:
         node = self._node
         node.arena.expire_leases()
         for coordinator in node.coordinators():
-            coordinator.tick()
+            if not node.is_over(coordinator.run, coordinator.incarnation):
+                coordinator.tick()
         for run in node.node_runs():
+            if node.is_over(run.run, run.incarnation):
+                continue
             try:
                 run.reporter.beat()
                 node.settle(run)

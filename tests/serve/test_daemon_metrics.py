@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -57,6 +58,16 @@ def seen(nursery: Nursery) -> Iterator[Seen]:
         yield Seen(of_a_trainer(stage), of_two_nodes(stage))
     finally:
         stage.close()
+
+
+def flip(folder: Path, pattern: str) -> None:
+    """One bit of the payload of the only file in ``folder`` of that name."""
+    (path,) = folder.glob(pattern)
+    with path.open("r+b") as file:
+        file.seek(HEADER_BYTES + 70_000)
+        byte = file.read(1)[0]
+        file.seek(HEADER_BYTES + 70_000)
+        file.write(bytes([byte ^ 1]))
 
 
 def of_a_trainer(stage: Stage) -> Page:
@@ -260,14 +271,52 @@ def test_a_peers_piece_that_does_not_match_its_checksum_is_counted_once_by_who_p
     slow = stage.daemon("--protect-deadline", 2, http=True, listen=True, failpoints="protect.before=sleep:1")
     job = TimingJob([healthy, slow], protect="1+1")
     job.save(1)
-    (slot,) = healthy.arena.glob("shards.*.slot")
-    with slot.open("r+b") as file:
-        file.seek(HEADER_BYTES + 70_000)
-        byte = file.read(1)[0]
-        file.seek(HEADER_BYTES + 70_000)
-        file.write(bytes([byte ^ 1]))
+    flip(healthy.arena, "shards.*.slot")
     wait_until(lambda: job.not_protected(1), "protection to be given up")
     assert Page(slow).value("ckptd_corrupt_total", run="shards", place="memory") == 1
+    job.close()
+
+
+def test_a_corrupt_copy_that_a_restore_comes_upon_is_counted_once_by_who_pulled_it(stage: Stage) -> None:
+    first, second = (stage.daemon(http=True, listen=True) for _ in range(2))
+    job = TimingJob([first, second], protect="1+1")
+    job.save(1)
+    job.wait_protected(1)
+    flip(first.arena, "shards.*.slot")
+    moved = TimingJob([second, first], protect="1+1")
+    assert moved.restore()[1] == {0: "reconstruction", 1: "peer"}
+    assert Page(second).value("ckptd_corrupt_total", run="shards", place="memory") == 1
+    assert Page(first).value("ckptd_corrupt_total", run="shards", place="memory") == 0
+    for done in (job, moved):
+        done.close()
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_restarts_makes_no_old_step_new_on_any_daemon(stage: Stage, tmp_path: Path) -> None:
+    tiers = [f"file://{tmp_path},every=1,keep=100"]
+    daemons = [stage.daemon(http=True, listen=True, tiers=tiers) for _ in range(3)]
+    job = TimingJob(daemons, protect="2+1")
+    for step in (1, 2, 3):
+        job.save(step, persist=True)
+        job.wait_protected(step)
+        job.wait_durable(step)
+    before = [wait_value(daemon, 3, "ckptd_commits_total", run=job.run, result="committed") for daemon in daemons]
+    daemons[0].kill()
+    for daemon in daemons[1:]:  # what is on a node that is silent counts as lost, the coordinator's too
+        wait_until(lambda daemon=daemon: Page(daemon).value("ckptd_losses_tolerated", run=job.run) == 0, "a loss")  # type: ignore[misc]
+    daemons[0].start()
+    job.rejoin(daemons[0])
+    job.wait_protected(3)
+    job.wait_durable(3)
+    for daemon, was in zip(daemons, before, strict=True):
+        now = wait_value(daemon, 1, "ckptd_losses_tolerated", run=job.run)
+        for level in ("staged", "protected", "durable"):
+            labels = {"run": job.run, "level": level}
+            assert now.value("ckptd_snapshot_step", **labels) == 3
+            old, new = (page.value("ckptd_snapshot_timestamp_seconds", **labels) for page in (was, now))
+            assert new <= old, level  # type: ignore[operator]
+        committed = now.value("ckptd_commits_total", run=job.run, result="committed")
+        assert committed == (0 if daemon is daemons[0] else 3)
     job.close()
 
 

@@ -23,12 +23,17 @@ class Judged:
         self.metrics = Metrics()
         self.metrics.begin_run("gpt")
         self.gauges = Gauges(self.metrics)
+        self.start(FIRST)
+
+    def start(self, incarnation: Incarnation) -> None:
         entries = tuple(RosterEntry(rank, "n0", "n0:1", 7) for rank in range(4))
-        roster = Roster(version=1, incarnation_id=FIRST.id, block_bytes=1 << 20, entries=entries)
-        self.analyst = Analyst("gpt", FIRST, roster, lambda _: None)
+        roster = Roster(version=1, incarnation_id=incarnation.id, block_bytes=1 << 20, entries=entries)
+        self.analyst = Analyst("gpt", incarnation, roster, lambda _: None)
 
     def hear(self, steps: dict[int, int], problem: str = "", source: str = "hooks", gone: tuple[int, ...] = ()) -> Page:
-        request = coordinator_pb2.ReportRanksRequest(run="gpt", node_id="n0", incarnation=incarnation_to_pb(FIRST))
+        request = coordinator_pb2.ReportRanksRequest(
+            run="gpt", node_id="n0", incarnation=incarnation_to_pb(self.analyst.incarnation)
+        )
         for rank, step in steps.items():
             item = request.ranks.add(rank=rank)
             item.heartbeat.step = step
@@ -70,3 +75,14 @@ def test_of_a_start_that_is_over_nothing_is_kept() -> None:
     run.gauges.forget(run.analyst)
     run.gauges.show(run.analyst)
     assert Page(run.metrics).value("ckptd_progress_lag_steps", run="gpt") is None
+
+
+def test_a_run_that_was_pruned_and_begins_again_with_its_first_start_is_shown() -> None:
+    run = Judged()
+    run.start(Incarnation(5, 0xCD))
+    run.hear({0: 7})
+    run.gauges.forget(run.analyst)  # `ckptd prune`
+    run.metrics.forget_run("gpt")
+    run.metrics.begin_run("gpt")
+    run.start(FIRST)
+    assert run.hear({0: 100, 1: 97}).value("ckptd_progress_lag_steps", run="gpt") == 3

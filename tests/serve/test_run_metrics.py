@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,15 @@ from ckptd_api.v1 import types_pb2
 class Clocked:
     """A run whose clocks are told the time."""
 
-    def __init__(self, sealed_at_s: float | None = None) -> None:
+    def __init__(self, sealed_before: Mapping[int, float] | None = None) -> None:
         self.metrics = Metrics()
         self.metrics.begin_run("gpt")
         self.now_s = 0.0
-        self.start(sealed_at_s)
+        self.start(sealed_before)
 
-    def start(self, sealed_at_s: float | None = None) -> None:
+    def start(self, sealed_before: Mapping[int, float] | None = None) -> None:
         """The daemon, or the run, starts anew."""
-        self._run = RunMetrics(
-            self.metrics, "gpt", lambda _: sealed_at_s, lambda: 1000 + self.now_s, lambda: self.now_s
-        )
+        self._run = RunMetrics(self.metrics, "gpt", sealed_before or {}, lambda: 1000 + self.now_s, lambda: self.now_s)
 
     def say(
         self,
@@ -94,11 +93,48 @@ def test_a_gap_across_a_stop_does_not_count() -> None:
 
 
 def test_a_step_from_before_this_daemon_has_the_time_it_was_sealed() -> None:
-    run = Clocked(sealed_at_s=700.0)
+    run = Clocked(sealed_before={8: 700.0})
     run.say(0, staged=8)
     assert run.value("ckptd_snapshot_timestamp_seconds", level="staged") == 700
     run.say(6, staged=9)
     assert run.value("ckptd_snapshot_timestamp_seconds", level="staged") == 1006
+
+
+def test_a_step_from_before_this_daemon_that_is_not_here_has_no_time() -> None:
+    run = Clocked(sealed_before={8: 700.0})
+    run.say(0, staged=8, durable=2)
+    assert run.value("ckptd_snapshot_step", level="durable") == 2
+    assert run.value("ckptd_snapshot_timestamp_seconds", level="durable") is None
+    run.say(4, staged=8, durable=9)
+    assert run.value("ckptd_snapshot_timestamp_seconds", level="durable") == 1004
+
+
+def test_a_coordinator_that_restarted_and_finds_old_steps_again_does_not_make_them_new() -> None:
+    run = Clocked(sealed_before={7: 690.0, 8: 700.0})
+    run.say(0)
+    run.say(1, staged=8)
+    run.say(2, staged=8, protected=8, durable=7)
+    run.say(3, staged=8, protected=8, durable=8)
+    for level in ("staged", "protected", "durable"):
+        assert run.value("ckptd_snapshot_timestamp_seconds", level=level) == 700
+        assert run.value("ckptd_snapshot_interval_seconds", level=level) is None
+    assert run.value("ckptd_commits_total", result="committed") == 0
+    run.say(5, staged=9, durable=9)
+    assert run.value("ckptd_snapshot_timestamp_seconds", level="durable") == 1005
+    assert run.value("ckptd_commits_total", result="committed") == 1
+
+
+def test_a_level_does_not_go_back_when_another_daemon_commits_again() -> None:
+    run = Clocked()
+    run.say(0)
+    for step in (1, 2, 3):
+        run.say(step, staged=step, durable=step)
+    run.say(40, staged=3)
+    run.say(41, staged=3, durable=2)
+    run.say(42, staged=3, durable=3)
+    assert run.value("ckptd_snapshot_step", level="durable") == 3
+    assert run.value("ckptd_snapshot_timestamp_seconds", level="durable") == 1003
+    assert run.value("ckptd_commits_total", result="committed") == 3
 
 
 def test_dead_steps_and_commits_are_counted_once_with_the_time_of_the_last() -> None:

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from ckptd.serve.node import Node
 
 BEAT_S: Final = 1.0
-# Of a pause: so soon the next look may come when every rank here has reported.
-_SOONEST: Final = 0.5
+# So much of a pause is saved at most when every rank here has reported: the analyst of many nodes has no time to spare.
+_SAVED_S: Final = 0.5
 # Ranks that went with the first to go are in the same report.
 _GATHER_S: Final = 0.05
 _CALL_S: Final = 2.0
@@ -123,7 +123,7 @@ class Diagnosis:
         is_known = feed.take(request, now_s)
         self._node.metrics.timing_dropped_total.labels(run.run).inc(feed.dropped_total - dropped)
         joined = [rank for rank, member in list(run.ranks.items()) if member.state == "joined"]
-        if feed.has_news_of(joined) and now_s - self._looked_s > _SOONEST * self._pause_s():
+        if feed.has_news_of(joined) and now_s - self._looked_s > self._pause_s() - _SAVED_S:
             self._wake.set()
         return is_known
 
@@ -334,6 +334,8 @@ class Diagnosis:
         """Of a run that is over only what was found of it stays, until the run itself is forgotten."""
         known = {(run.run, run.incarnation) for run in self._node.node_runs()}
         live = {(run.run, run.incarnation) for run in self._runs()}
+        now_s = time.monotonic()
+        self._passed_over_s = {key: until_s for key, until_s in self._passed_over_s.items() if until_s > now_s}
         with self._lock:
             for key in self._analysts.keys() - live:
                 self._gauges.forget(self._analysts[key])

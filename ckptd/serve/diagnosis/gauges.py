@@ -111,9 +111,13 @@ class Gauges:
                 gauge.remove(run)
 
     def forget(self, analyst: Analyst) -> None:
-        """That start of the run is over."""
+        """That start of the run is over. A run that is forgotten begins anew with its first incarnation, which must not
+        look older than what is left here."""
         self.hide(analyst)
         self._ranks.pop((analyst.run, analyst.incarnation), None)
+        if self._newest.get(analyst.run) == analyst.incarnation:
+            del self._newest[analyst.run]
+            self._counted.pop(analyst.run, None)
 
     def _set(self, run: str, series: set[Series]) -> None:
         before = self._shown.setdefault(run, set())
