@@ -8,7 +8,6 @@ because the first touch of shared memory runs at a few GB/s.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import threading
@@ -21,12 +20,13 @@ from typing import Final
 
 from ckptd.arena.budget import check_budget, read_memory_facts
 from ckptd.arena.checksum import Checksummer
+from ckptd.arena.folder import lock_folder
 from ckptd.arena.parity import SUFFIX as PARITY_SUFFIX
 from ckptd.arena.parity import ParityFile, ParityStore
 from ckptd.arena.recycle import UNDECIDED, RunMarks, why_kept
 from ckptd.arena.room import Holding, Order, to_drop
 from ckptd.arena.slot import Slot
-from ckptd.errors import ArenaLocked, BudgetRefused, Corrupt, FormatTooNew, InvalidRequest, NoSlot, SlotNotReady
+from ckptd.errors import BudgetRefused, Corrupt, FormatTooNew, InvalidRequest, NoSlot, SlotNotReady
 from ckptd.files import sweep_temporaries
 from ckptd.format.slot import SlotHeader, SlotState
 from ckptd.model import Incarnation, SnapshotId
@@ -74,16 +74,12 @@ class Arena:
 
     # --- opening -------------------------------------------------------------------------------------------------
     def open(self) -> None:
-        """Lock the folder, check the budget, adopt what a daemon before this one left; ArenaLocked, BudgetRefused.
+        """Lock the folder, check the budget, adopt what a daemon before this one left; ArenaLocked, BudgetRefused, and
+        NotPermitted when the folder is another user's.
 
         A daemon with slots or parity to adopt never refuses: it adopts, makes nothing new, and says so in ``problems``.
         """
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ArenaLocked(f"{self.folder} is in use by another daemon") from error
+        self._lock_fd = lock_folder(self.folder)
         sweep_temporaries([self.folder])
         try:
             check_budget(self.memory_bytes, read_memory_facts(self.folder), self.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,10 +28,12 @@ def caller() -> Identity:
 
 
 class Boundary(grpc.ServerInterceptor):
-    """The one place where exceptions of a method become gRPC errors, and tokens identities."""
+    """The one place where exceptions of a method become gRPC errors, and tokens identities. ``streams``: where streams
+    run, each on a thread for as long as it lasts, so that however many there are a call finds one."""
 
-    def __init__(self, sessions: Sessions, metrics: Metrics) -> None:
+    def __init__(self, sessions: Sessions, metrics: Metrics, streams: ThreadPoolExecutor) -> None:
         self._sessions = sessions
+        self._streams = streams
         self._metrics = metrics
 
     def intercept_service(
@@ -49,19 +52,23 @@ class Boundary(grpc.ServerInterceptor):
 
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(
-                self._unary(handler.stream_unary, method, enter),
+                self._on_stream_pool(self._unary(handler.stream_unary, method, enter)),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, method, enter),
+                self._on_stream_pool(self._stream(handler.unary_stream, method, enter)),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
             self._unary(handler.unary_unary, method, enter), handler.request_deserializer, handler.response_serializer
         )
+
+    def _on_stream_pool(self, behaviour: Any) -> Any:
+        behaviour.experimental_thread_pool = self._streams
+        return behaviour
 
     def _unary(self, call: Callable[..., Any], method: str, enter: Callable[[], None]) -> Callable[..., Any]:
         def serve(request: Any, context: grpc.ServicerContext) -> Any:

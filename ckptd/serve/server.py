@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,8 @@ from ckptd_api.v1 import (
 )
 
 # Every rank holds one thread for its watch stream; threads are made as they are needed.
-_THREADS: Final = 512
+_STREAMS: Final = 512
+_CALLS: Final = 128
 _OPTIONS: Final = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
@@ -162,13 +164,18 @@ def serve(settings: Settings) -> int:
     if web:
         web.shutdown()
     log.info("stopped", drains_finished=is_done)
-    return 0 if is_done else 3
+    if not is_done:
+        # Python waits for the threads of a pool at its end: a drain that hangs in its tier would hold the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(3)
+    return 0
 
 
 def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grpc.Server, health.HealthServicer]:
     server = grpc.server(
-        ThreadPoolExecutor(_THREADS, thread_name_prefix="grpc"),
-        interceptors=[Boundary(node.sessions, node.metrics)],
+        ThreadPoolExecutor(_CALLS, thread_name_prefix="grpc"),
+        interceptors=[Boundary(node.sessions, node.metrics, ThreadPoolExecutor(_STREAMS, "stream"))],
         options=_OPTIONS,
     )
     bulk = cast(grpc.Server, _RawBulk(server))
@@ -179,7 +186,10 @@ def _grpc_server(settings: Settings, node: Node, socket_path: Path) -> tuple[grp
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(CoordinatorService(node), server)
     services_up = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(services_up, server)
-    socket_path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        socket_path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"{error.filename}: {error.strerror}", "serve with another --socket") from error
     _check_socket_is_free(socket_path)
     try:
         server.add_insecure_port(f"unix:{socket_path}")

@@ -2,7 +2,7 @@
 
 Layer: ``serve``. Invariants: without NOTIFY_SOCKET nothing is sent; a keep-alive follows only a look that found the
 upkeep ticking and a call from outside answered, so a daemon that is wedged is ended and started again, which costs no
-snapshot; nothing here raises.
+snapshot, while one that is only busy is left at its work; nothing here raises.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from ckptd.serve.upkeep import Upkeep
 _LOOK_EVERY_S: Final = 5.0
 _ANSWER_S: Final = 5.0
 _SILENCE_S: Final = 30.0
+# Of calls that wait for a thread, on end. Streams of slow clients and a flood of calls pass; a deadlock does not.
+_BUSY_S: Final = 600.0
+_NO_METHOD: Final = "/ckptd.Alive/NoSuchMethod"
 _OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
 
 Check = Callable[[], str]  # what is wrong; "": nothing
@@ -61,7 +64,8 @@ class Systemd:
         """Send variables of sd_notify(3). One that cannot be sent is lost: its deadline acts."""
         if not self.address:
             return
-        message = "\n".join(f"{name}={value}" for name, value in variables.items())
+        # A line is a variable, whatever an error says.
+        message = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in variables.items())
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.settimeout(1.0)
             notify.connect("\0" + self.address[1:] if self.address.startswith("@") else self.address)
@@ -141,19 +145,41 @@ def upkeep_check(upkeep: Upkeep, silence_s: float) -> Check:
     return check
 
 
-def call_check(path: Path) -> Check:
+def call_check(path: Path, busy_s: float = _BUSY_S) -> Check:
     """Call the gRPC socket at ``path`` as a trainer does: by a connection of its own, which a socket that was deleted
-    does not get."""
+    does not get. The server answers a call of no method itself, and one of health on a thread of its pool: while all of
+    those are taken the daemon is busy, and alive, until no call of health was answered for ``busy_s``."""
+    answered_s = time.monotonic()
+    is_busy = False
 
     def check() -> str:
+        nonlocal answered_s, is_busy
         with grpc.insecure_channel(f"unix:{path}", _OPTIONS) as channel:
-            try:
-                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_S)
-            except grpc.RpcError as error:
-                return f"{path} does not answer: {error.code().name}"
+            code = _code_of(channel.unary_unary(_NO_METHOD), b"")
+            if code is not grpc.StatusCode.UNIMPLEMENTED:
+                return f"{path} does not answer: {code.name}"
+            code = _code_of(health_pb2_grpc.HealthStub(channel).Check, health_pb2.HealthCheckRequest())
+        now_s = time.monotonic()
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if not is_busy:
+                log.warning("every thread for calls is taken", socket=str(path))
+            is_busy = True
+            silent_s = now_s - answered_s
+            return f"{path} has had no thread for a call for {silent_s:.0f} s" if silent_s > busy_s else ""
+        if code is not grpc.StatusCode.OK:
+            return f"{path} does not answer: {code.name}"
+        answered_s, is_busy = now_s, False
         return ""
 
     return check
+
+
+def _code_of(call: Callable[..., object], request: object) -> grpc.StatusCode:
+    try:
+        call(request, timeout=_ANSWER_S)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def describe(node: Node) -> str:

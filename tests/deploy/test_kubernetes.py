@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,7 +169,17 @@ def test_slots_and_sockets_outlive_the_pod(built: list[Object]) -> None:
 
 
 def test_a_drain_is_not_cut_short(built: list[Object]) -> None:
-    assert pod_of(built)["terminationGracePeriodSeconds"] > settings_of(built)["drain_deadline"]
+    _, before_s, *_ = container_of(built)["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod_of(built)["terminationGracePeriodSeconds"] > int(before_s) + settings_of(built)["drain_deadline"]
+
+
+def test_a_pod_that_is_to_stop_waits_for_drains_under_way(stage: Stage) -> None:
+    *_, script = container_of(read("base/daemonset.yaml"))["lifecycle"]["preStop"]["exec"]["command"]
+    daemon = stage.daemon(http=True)
+    subprocess.run([sys.executable, "-c", script.replace("localhost:9464", daemon.http)], timeout=20, check=True)
+    waits = script.replace("drains_queued 0.0", "drains_queued 1.0").replace("localhost:9464", daemon.http)
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", waits], timeout=2, check=False)
 
 
 def test_the_probes_ask_for_pages_that_there_are(stage: Stage) -> None:

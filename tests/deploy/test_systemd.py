@@ -133,10 +133,23 @@ def test_a_drain_is_not_cut_short() -> None:
     assert seconds(one("WatchdogSec")) >= 60
 
 
-def test_a_daemon_comes_back_for_ever_but_not_with_wrong_settings() -> None:
+def test_a_daemon_comes_back_for_ever_whatever_ended_it() -> None:
     found = settings_of(UNIT)
     assert (found["Restart"], found["StartLimitIntervalSec"]) == (["on-failure"], ["0"])
-    assert run_cli("serve", "--config", "/nowhere.toml").rc == int(one("RestartPreventExitStatus"))
+    assert "RestartPreventExitStatus" not in found
+    # That a port is taken for a moment exits as wrong settings do.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="ckptd-test-") as folder:
+            place = ["--socket", f"{folder}/d.sock", "--arena", f"{folder}/arena", "--memory", "1MiB"]
+            done = run_cli("serve", *place, "--listen", address, "--insecure")
+    assert done.rc not in (0, int(one("SuccessExitStatus"))), done
+    assert "cannot listen" in done.stderr
+
+
+def test_no_setting_is_given_twice() -> None:
+    lists = {"SystemCallFilter", "DeviceAllow"}
+    assert [name for name, values in settings_of(UNIT).items() if len(values) > 1 and name not in lists] == []
 
 
 def test_the_example_settings_are_settings(tmp_path: Path) -> None:
@@ -148,13 +161,22 @@ def test_the_example_settings_are_settings(tmp_path: Path) -> None:
     assert load_settings({"config": here}).listen
 
 
+def test_storage_that_is_away_at_boot_delays_the_daemon_and_does_not_cancel_it() -> None:
+    """A failed dependency ends a start job for good: Restart= is for what did start."""
+    for unit in (UNIT, DROP_IN):
+        assert not {"Requires", "RequiresMountsFor", "BindsTo", "Requisite"} & settings_of(unit).keys()
+
+
 def test_the_example_drop_in_fits_the_example_settings() -> None:
     example: dict[str, Any] = tomllib.loads((FOLDER / "ckptd.toml").read_text())
     limit_bytes = parse_size(one("MemoryMax", DROP_IN).replace("G", "GiB"))
     assert limit_bytes >= parse_size(example["memory"]) + RESERVE_BYTES
     tiers = {tier.split(",")[0].removeprefix("file://") for tier in example["tiers"]}
     assert set(one("ReadWritePaths", DROP_IN).split()) == tiers
-    assert set(one("RequiresMountsFor", DROP_IN).split()) == tiers
+    mounts = {f"{tier.strip('/').replace('/', '-')}.mount" for tier in tiers}
+    assert set(one("Wants", DROP_IN).split()) == set(one("After", DROP_IN).split()) == mounts
+    checked = {line.removeprefix("+/usr/bin/mountpoint -q ") for line in settings_of(DROP_IN)["ExecStartPre"]}
+    assert checked == tiers
 
 
 # --- at work within its limits ------------------------------------------------------------------------------------

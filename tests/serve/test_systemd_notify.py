@@ -8,13 +8,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from harness import Stage, wait_until
 from processes import PATIENCE_S
 
-from ckptd.serve.systemd import Pulse, Systemd
+from ckptd.cli.channel import connect
+from ckptd.serve.server import _STREAMS
+from ckptd.serve.systemd import Pulse, Systemd, call_check
+from ckptd_api.v1 import node_pb2_grpc
 
 WATCHDOG_S = 2.0
 WEDGED = "upkeep.tick=sleep:600@2"
@@ -130,6 +136,34 @@ def test_a_daemon_whose_socket_was_deleted_is_not_alive(stage: Stage, systemd: R
     assert daemon.get("/livez")[0] == 503
 
 
+def threads_of(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+@pytest.mark.slow
+def test_a_daemon_whose_every_thread_for_streams_is_taken_answers_calls_and_is_alive(
+    stage: Stage, systemd: Receiver
+) -> None:
+    daemon = stage.daemon(env={**watched(systemd), "WATCHDOG_USEC": "30000000"}, http=True)
+    is_over = threading.Event()
+
+    def never_sent() -> Iterator[object]:
+        is_over.wait(PATIENCE_S)
+        yield from ()
+
+    with grpc.insecure_channel(f"unix:{daemon.socket}", (("grpc.use_local_subchannel_pool", 1),)) as channel:
+        with connect(daemon.address) as session:
+            write = node_pb2_grpc.NodeServiceStub(channel).Write
+            calls = [write.future(never_sent(), metadata=session._metadata) for _ in range(_STREAMS + 8)]
+        wait_until(lambda: threads_of(daemon.pid) > _STREAMS, "the daemon to run out of threads for streams")
+        assert daemon.status()["runs"] == []
+        systemd.until(is_keep_alive, "a keep-alive all the same")
+        assert daemon.get("/livez") == (200, "ok\n")
+        is_over.set()
+        for call in calls:
+            call.cancel()
+
+
 @pytest.mark.slow
 def test_a_daemon_that_drains_asks_for_time_and_lives_on(stage: Stage, systemd: Receiver) -> None:
     daemon = stage.tier_daemon(env=watched(systemd), failpoints="drain.before=sleep:2")
@@ -141,6 +175,51 @@ def test_a_daemon_that_drains_asks_for_time_and_lives_on(stage: Stage, systemd: 
     assert is_keep_alive(told)
     assert told["STATUS"].endswith("draining")
     assert daemon.wait_exit() == 0
+
+
+# --- the call from outside ----------------------------------------------------------------------------------------
+@pytest.fixture
+def one_thread(tmp_path: Path) -> Iterator[tuple[Path, ThreadPoolExecutor, grpc.Server]]:
+    """A socket whose server has one thread for calls, that pool, and the server."""
+    path, pool = tmp_path / "d.sock", ThreadPoolExecutor(1)
+    server = grpc.server(pool)
+    servicer = health.HealthServicer()
+    servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    server.add_insecure_port(f"unix:{path}")
+    server.start()
+    yield path, pool, server
+    server.stop(0).wait()
+    pool.shutdown()
+
+
+def test_a_server_that_is_busy_is_alive_for_long_but_not_for_ever(
+    one_thread: tuple[Path, ThreadPoolExecutor, grpc.Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptd.serve.systemd._ANSWER_S", 0.3)
+    path, pool, _ = one_thread
+    patient, impatient = call_check(path), call_check(path, busy_s=0.1)
+    assert (patient(), impatient()) == ("", "")
+    is_free = threading.Event()
+    pool.submit(is_free.wait, PATIENCE_S)
+    assert patient() == ""
+    assert "has had no thread for a call for" in impatient()
+    is_free.set()
+    wait_until(lambda: not impatient(), "a thread for the call")
+
+
+def test_a_server_that_is_gone_or_stands_does_not_answer(
+    one_thread: tuple[Path, ThreadPoolExecutor, grpc.Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptd.serve.systemd._ANSWER_S", 0.3)
+    path, _, server = one_thread
+    server.stop(0).wait()
+    assert call_check(path)() == f"{path} does not answer: UNAVAILABLE"
+    stands = tmp_path / "stands.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(stands))
+        listener.listen()
+        assert call_check(stands)() == f"{stands} does not answer: DEADLINE_EXCEEDED"
 
 
 # --- the messages -------------------------------------------------------------------------------------------------
@@ -167,6 +246,11 @@ def test_an_abstract_address_is_reached() -> None:
     Systemd(receiver.address).tell(READY=1, STATUS="1 run")
     assert receiver.next() == {"READY": "1", "STATUS": "1 run"}
     receiver.close()
+
+
+def test_a_value_of_many_lines_sets_no_other_variable(systemd: Receiver) -> None:
+    Systemd(systemd.address).tell(STATUS="not alive: of\nWATCHDOG=1\nall things")
+    assert systemd.next() == {"STATUS": "not alive: of WATCHDOG=1 all things"}
 
 
 def test_nobody_at_the_address_disturbs_nothing(tmp_path: Path) -> None:
