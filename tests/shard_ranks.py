@@ -61,6 +61,13 @@ class ShardRank:
     def call(self, method: str, request: Any) -> Any:
         return self._translated(lambda: getattr(self.stub, method)(request, timeout=CALL_S, metadata=self.meta))
 
+    def die(self, job: ShardJob) -> None:
+        """Its control stream ends without a goodbye."""
+        request = pb.WatchRequest(run=job.run, incarnation=incarnation_to_pb(job.incarnation), rank=self.rank)
+        watch = self.stub.Watch(request, metadata=self.meta)
+        next(watch)
+        watch.cancel()
+
     def write(self, slot: str, generation: int, payload: np.ndarray) -> None:
         write = self.channel.stream_unary("/ckptd_api.v1.NodeService/Write", None, pb.WriteResponse.FromString)
         parts = (

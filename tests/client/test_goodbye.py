@@ -26,12 +26,16 @@ NORMAL = f"Leave  {link_module.EXIT_S}"
     [
         ("normal", [NORMAL]),
         ("error", [f"Leave ValueError: too large {link_module.EXIT_S}"]),
-        ("hooked", ["hook too large", f"Leave ValueError: too large {link_module.EXIT_S}"]),
-        ("prompt", [NORMAL]),  # an error at a prompt ends nothing
+        pytest.param(
+            "hooked",
+            ["hook too large", f"Leave ValueError: too large {link_module.EXIT_S}"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("prompt", [NORMAL], marks=pytest.mark.slow),  # an error at a prompt ends nothing
         ("interrupt", [NORMAL]),
         ("closed", ["Leave  5.0"]),
-        ("forked", ["forked", NORMAL]),
-        ("spawned", ["joined"]),
+        pytest.param("forked", ["forked", NORMAL], marks=pytest.mark.slow),
+        pytest.param("spawned", ["joined"], marks=pytest.mark.slow),
     ],
 )
 def test_a_program_that_ends_says_goodbye_once(how: str, said: list[str]) -> None:

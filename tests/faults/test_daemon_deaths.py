@@ -27,16 +27,9 @@ PHASES = [
 ]
 # Run always; the others in `make test-all`.
 DEFAULT = {
-    "kill": (
-        "begin.after",
-        "seal.before_table",
-        "seal.after_flip",
-        "drain.before",
-        "tier.before_index",
-        "tier.after_m",
-    ),
-    "cont": ("begin.before", "seal.before_flip", "tier.before_manifest"),
-    "stop-kill": ("begin.after", "seal.before_report", "tier.before_array"),
+    "kill": ("begin.after", "seal.before_table", "drain.before", "tier.after_m"),
+    "cont": ("seal.before_flip", "tier.before_manifest"),
+    "stop-kill": ("seal.before_report",),
 }
 LONGEST_STEP_S = 6.0  # the fence's 2 s and much room for a slow machine; never the minutes of an RPC
 FREE = ("--free", "--step-s", 0.01, "--wait", "durable")

@@ -32,7 +32,7 @@ def case(mode: str, fault: str, world_size: int, rank: int, *, is_slow: bool = T
     [
         case("ddp", "kill", 3, 1, is_slow=False),
         case("fsdp", "kill", 4, 0),
-        case("ddp", "stop", 3, 2, is_slow=False),
+        case("ddp", "stop", 3, 2),
         case("fsdp", "stop", 4, 0),
         case("ddp", "gil", 2, 1),
         case("ddp", "skip", 3, 0),

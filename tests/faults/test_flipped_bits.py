@@ -82,6 +82,7 @@ def test_a_bit_flipped_under_a_living_daemon_is_named_and_the_tier_serves(home: 
     assert restore(home, daemon, saved) == (3, daemon.tiers[0].split(",")[0])
 
 
+@pytest.mark.slow
 def test_a_bit_flipped_while_no_daemon_ran_is_named_and_the_tier_serves(stage: Stage) -> None:
     daemon = stage.tier_daemon(memory="128MiB")
     runs = {region: save(stage, daemon, f"dead-{region}") for region in (*REGIONS, "state")}

@@ -90,6 +90,7 @@ def test_the_run_need_not_be_named_when_it_is_the_only_one(fleet: list[DaemonPro
     assert "MB/s" in result.stdout or "GB/s" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_fault_that_agrees_is_verified_at_the_analyst_whoever_was_asked(stage: Stage) -> None:
     daemons = start(stage, ["", "", SLOW])
     job = TimingJob(daemons, protect="off")
@@ -110,7 +111,7 @@ def test_a_fault_that_agrees_is_verified_at_the_analyst_whoever_was_asked(stage:
 
 
 # --- what does not answer -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_node_that_does_not_answer_is_named_and_not_waited_for(stage: Stage, how: str) -> None:
     daemons = start(stage, [""] * 4)
     job = ShardJob(daemons, protect="off")

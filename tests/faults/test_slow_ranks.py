@@ -6,6 +6,7 @@ import pytest
 from harness import DaemonProcess, Stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_snapshots_complete_to_the_end_when_ranks_are_delayed_at_random(stage: Stage, seed: int) -> None:
     """Three ranks drift apart for hundreds of steps, snapshots due at every second one; near the end they are still

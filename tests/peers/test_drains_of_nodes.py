@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from harness import DaemonProcess, Stage, wait_until
 from shard_ranks import ShardJob
 
@@ -49,6 +50,7 @@ def test_shards_of_a_lost_node_are_drained_by_a_survivor(stage: Stage, tmp_path:
     assert not nodes[0].findings("shards")
 
 
+@pytest.mark.slow
 def test_a_drain_that_nobody_can_take_over_is_given_up_with_the_reason(stage: Stage, tmp_path: Path) -> None:
     tier = f"file://{tmp_path}/tier,every=1"
     nodes = [stage.daemon(listen=True, memory="32MiB", tiers=[tier])]

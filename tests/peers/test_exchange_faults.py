@@ -68,6 +68,7 @@ def test_a_peer_that_is_halted_until_its_streams_are_cut_is_asked_again(make_fle
     check_whole(fleet, job, 2, (2, HALTED))
 
 
+@pytest.mark.slow
 def test_a_peer_that_stays_halted_fails_the_step_by_name_and_the_next_is_protected(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(6, **halting(PULLS + 2, flags=IMPATIENT))
     name = fleet.daemons[HALTED].status()["node_id"]

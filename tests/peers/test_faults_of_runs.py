@@ -113,6 +113,7 @@ def test_a_rank_that_others_wait_for_is_named_and_those_that_wait_are_not(make_f
     assert (fault["kind"], fault["ranks"], fault["confidence"]) == ("hang", [2], "suspect")
 
 
+@pytest.mark.slow
 def test_when_the_coordinators_daemon_is_gone_the_next_judges_in_its_place(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(4)
     job = TimingJob(fleet.daemons, protect="off")

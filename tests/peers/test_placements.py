@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fleet import MakeFleet
-from harness import DaemonProcess
+import pytest
+from fleet import MakeFleet, flip_image_block
+from harness import DaemonProcess, wait_until
 from shard_ranks import ShardJob
 
 from ckptd.model import SnapshotId
@@ -98,3 +99,28 @@ def test_a_spare_node_that_dies_while_its_shard_is_copied_is_made_up_for_by_pari
     assert restored.step == 1
     assert sources == dict.fromkeys(range(6), "memory") | dict.fromkeys((1, 5), "reconstruction")
     job.wait_whole(restored, losses=2)
+
+
+@pytest.mark.slow
+def test_a_daemon_that_a_new_start_leaves_out_says_nothing_of_the_run_any_more(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(3, http=True)
+    left_out, second, third = fleet.daemons
+    job = protected_job(fleet.daemons, protect="2+1")
+    for rank in job.ranks:
+        rank.die(job)
+    job.close()
+    assert 'run="shards"' in left_out.get("/metrics")[1]
+    _, restored, sources = restored_job([second, second, third], losses=1, protect="auto")
+    assert (restored.step, sources) == (2, {0: "peer", 1: "memory", 2: "memory"})
+    wait_until(lambda: 'run="shards"' not in left_out.get("/metrics")[1], "the daemon that was left out to know so")
+
+
+def test_a_restore_that_makes_a_corrupt_shard_again_counts_as_a_repair(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2, http=True)
+    protected_job(fleet.daemons, protect="1+1")
+    flip_image_block(fleet.daemons[1], step=2, block=0)
+    _, _, sources = restored_job(fleet.daemons, losses=1, protect="1+1")
+    assert sources == {0: "memory", 1: "reconstruction"}
+    page = fleet.daemons[1].get("/metrics")[1]
+    assert 'ckptd_repaired_total{kind="slot",run="shards"} 1.0' in page
+    assert 'ckptd_corrupt_total{place="memory",run="shards"} 1.0' in page

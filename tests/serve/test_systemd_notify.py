@@ -95,6 +95,7 @@ def test_the_status_counts_runs_and_ranks(stage: Stage, systemd: Receiver) -> No
     assert is_keep_alive(told)
 
 
+@pytest.mark.slow
 def test_a_stopped_daemon_sends_no_keep_alive(stage: Stage, systemd: Receiver) -> None:
     daemon = stage.daemon(env=watched(systemd))
     systemd.until(is_keep_alive, "a keep-alive")
