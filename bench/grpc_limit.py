@@ -25,7 +25,7 @@ import numpy as np
 from ckptd.peers.channels import _OPTIONS as CHANNEL_OPTIONS
 from ckptd.peers.transport import MESSAGE_BYTES
 from ckptd.serve.server import _OPTIONS as SERVER_OPTIONS
-from ckptd.serve.server import _THREADS
+from ckptd.serve.server import _STREAMS
 
 _METHOD = "/bare.Stream/Give"
 
@@ -94,12 +94,12 @@ class BarePeers:
 # --- in the processes ---------------------------------------------------------------------------------------------
 def serve(size_bytes: int) -> None:
     """Serve a buffer; read the streams that each line of standard input names, answer with the bytes read."""
-    server = grpc.server(ThreadPoolExecutor(_THREADS), options=SERVER_OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(_STREAMS), options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers((_Handler(np.ones(size_bytes, np.uint8)),))
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     server.start()
     channels: dict[int, grpc.Channel] = {}
-    readers = ThreadPoolExecutor(_THREADS)
+    readers = ThreadPoolExecutor(_STREAMS)
     for line in sys.stdin:
         streams = json.loads(line)
         for port in {port for port, _, _ in streams} - channels.keys():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import os
 import re
@@ -180,3 +181,8 @@ def test_no_file_names(what: str) -> None:
 def test_the_daemon_runs_without_torch() -> None:
     code = "import ckptd.serve.server, sys; assert 'torch' not in sys.modules and 'ckptd_client' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "bench").glob("*.py")))
+def test_a_measurement_finds_what_it_measures(name: str) -> None:
+    importlib.import_module(f"bench.{name}")
