@@ -30,6 +30,7 @@ from ckptd.format.image import GroupRecord, ImageRecord
 from ckptd.format.parity import ParityHeader
 from ckptd.metrics import Metrics
 from ckptd.model import Roster, SnapshotId
+from ckptd.peers.corruption import SLOTS, Corruption
 from ckptd.peers.gather import Source, SourceFailed, gather, name_of, source_from
 from ckptd.peers.rate import TokenBucket
 from ckptd.peers.transport import Piece, Transport, batch_blocks
@@ -174,7 +175,7 @@ class Protector:
         fragment = file.fragment
         attempt, done = self._attempt(task, f"stripe {stripe}"), 0
         pulled = self._metrics.bytes_total.labels(task.run, "protected", "memory")
-        spent, corrupt = _Spent(), set[str]()
+        spent, corruption = _Spent(), Corruption(task.run, self._count_corrupt)
         while done < stripes.piece_blocks:
             try:
                 parts = gather(sources, done, stripes.piece_blocks - done, batch, size, self._bucket)
@@ -188,17 +189,14 @@ class Protector:
                     attempt.progressed()
                     failpoint("protect.batch")
             except CkptdError as error:
-                self._count_corrupt(task, error, corrupt)
+                if isinstance(error, SourceFailed) and error.source:
+                    corruption.look(error, SLOTS, error.source.name)
                 attempt.failed(error)
         self._metrics.transfer_seconds.labels(task.run).observe(spent.transfer_s)
         self._metrics.encode_seconds.labels(task.run).observe(spent.encode_s)
 
-    def _count_corrupt(self, task: Task, error: CkptdError, known: set[str]) -> None:
-        """A peer's piece that does not match its checksums, once however often it is pulled for this fragment."""
-        if isinstance(error, SourceFailed) and isinstance(error.__cause__, Corrupt) and error.source:
-            if error.source.name not in known:
-                self._metrics.corrupt_total.labels(task.run, "memory").inc()
-            known.add(error.source.name)
+    def _count_corrupt(self, run: str, place: str, _: str) -> None:
+        self._metrics.corrupt_total.labels(run, place).inc()
 
     def _source(self, task: Task, record: GroupRecord, stripes: Stripes, position: int, piece: int) -> Source:
         image, first = record.images[position], piece * stripes.piece_blocks

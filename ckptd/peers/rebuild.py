@@ -7,7 +7,6 @@ in the record of the image or of the group.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol
@@ -26,6 +25,7 @@ from ckptd.format.image import GroupRecord, ImageRecord, ShardRecord
 from ckptd.format.slot import SlotHeader
 from ckptd.memory import Bytes
 from ckptd.model import SnapshotId
+from ckptd.peers.corruption import PARITY, SLOTS, Corruption, OnCorrupt
 from ckptd.peers.gather import Source, SourceFailed, gather, name_of, source_from
 from ckptd.peers.rate import TokenBucket
 from ckptd.peers.side_by_side import side_by_side
@@ -33,13 +33,10 @@ from ckptd.peers.transport import Piece, Transport, batch_blocks
 
 PEER: Final = "peer"
 RECONSTRUCTION: Final = "reconstruction"
-SLOTS: Final = "memory"
-PARITY: Final = "parity"
 log = structlog.get_logger()
 
 DescribeImage = Callable[[Holder, str, SnapshotId, Sequence[int]], ImageRecord]
 DescribeGroup = Callable[[Holder, str, SnapshotId, int], GroupRecord]
-OnCorrupt = Callable[[str, str, str], None]
 
 
 class Target(Protocol):
@@ -87,26 +84,6 @@ class _Filler:
         self._target.seal(table)
 
 
-class _Corruption:
-    """Corrupt copies that one rebuild comes upon, each told once, however often it is asked for. From any thread."""
-
-    def __init__(self, run: str, tell: OnCorrupt) -> None:
-        self._run = run
-        self._tell = tell
-        self._told: set[tuple[str, str]] = set()
-        self._lock = threading.Lock()
-
-    def look(self, error: CkptdError, place: str, where: str) -> None:
-        """``error`` came of what is in ``place`` at ``where``."""
-        if not isinstance(error, Corrupt) and not isinstance(error.__cause__, Corrupt):
-            return
-        with self._lock:
-            is_known = (place, where) in self._told
-            self._told.add((place, where))
-        if not is_known:
-            self._tell(self._run, place, f"{where}: {error.message}")
-
-
 class Rebuilder:
     """``transport_to`` gives the way to a holder: its own arena needs no socket. ``on_corrupt(run, place, problem)``
     hears of every copy that does not match its checksums; place is SLOTS or PARITY."""
@@ -132,7 +109,7 @@ class Rebuilder:
             UnknownStep: no peer holds anything of it.
             RestoreFailed: something is held, but none of it will do; the message says what was wrong with each.
         """
-        corruption = _Corruption(run, self._on_corrupt)
+        corruption = Corruption(run, self._on_corrupt)
         sound = [holder for holder in holders if not holder.is_at_fault]
         if len(sound) < len(holders):
             try:
@@ -148,7 +125,7 @@ class Rebuilder:
         snapshot: SnapshotId,
         rank: int,
         target: Target,
-        corruption: _Corruption,
+        corruption: Corruption,
     ) -> str:
         problems: list[str] = []
         for holder in (h for h in holders if rank in h.ranks.get(snapshot, ())):
@@ -194,7 +171,7 @@ class Rebuilder:
         group: ParityHeld,
         holders: Sequence[Holder],
         target: Target,
-        corruption: _Corruption,
+        corruption: Corruption,
     ) -> None:
         record = self._record(run, snapshot, group, holders)
         position = next(i for i, image in enumerate(record.images) if rank in image.ranks)
@@ -232,7 +209,7 @@ class Rebuilder:
         count: int,
         size: int,
         failed: dict[Source, str],
-        corruption: _Corruption,
+        corruption: Corruption,
     ) -> Iterator[tuple[int, int, dict[int, Bytes | None]]]:
         """(first block, number of blocks, k fragments by index) of a stripe, batch by batch. A source that fails goes
         into ``failed``, and another of those left serves from there on."""

@@ -20,8 +20,8 @@ from ckptd.errors import Corrupt, DaemonUnreachable, InstanceChanged, InvalidReq
 from ckptd.files import write_atomic
 from ckptd.metrics import Metrics
 from ckptd.model import Incarnation, Roster, SnapshotId, check_run_name
+from ckptd.peers.corruption import PARITY, SLOTS
 from ckptd.peers.pace import Pace, Wish
-from ckptd.peers.rebuild import PARITY, SLOTS
 from ckptd.restore.inventory import record_in_tiers
 from ckptd.serve.commits import NodeCommits, manifest_of_node
 from ckptd.serve.coordinator import Coordinator
