@@ -14,12 +14,13 @@ def marks_of(record: RunRecord | None, node_run: NodeRun | None, arena: Arena) -
     newest = record.newest if record else None
     if record is None or newest is None:
         return RunMarks()
-    before = _parity_before(record.run, newest, arena)
     if node_run is None:
+        before = _parity_before(record.run, newest, arena)
         return RunMarks(newest.incarnation, newest.is_decided, newest.parent, fallbacks=before)
     staged, protected, protecting, dead, is_protected = node_run.reached()
     # Until something of this incarnation is protected, what was protected before is all that a lost node leaves.
-    fallbacks = before if node_run.groups and not is_protected else ()
+    is_bare = bool(node_run.groups) and not is_protected
+    fallbacks = _parity_before(record.run, newest, arena) if is_bare else ()
     return RunMarks(
         newest.incarnation, newest.is_decided, newest.parent, staged, protected, protecting, fallbacks, dead
     )
