@@ -41,7 +41,6 @@ class Judged:
         for rank in gone:
             request.ranks.add(rank=rank, has_left=True)
         self.analyst.take(request, 1.0)
-        self.gauges.take(request)
         self.gauges.show(self.analyst)
         return Page(self.metrics)
 
@@ -73,6 +72,7 @@ def test_of_a_start_that_is_over_nothing_is_kept() -> None:
     run = Judged()
     run.hear({0: 100, 1: 1})
     run.gauges.forget(run.analyst)
+    run.start(FIRST)
     run.gauges.show(run.analyst)
     assert Page(run.metrics).value("ckptd_progress_lag_steps", run="gpt") is None
 

@@ -5,6 +5,7 @@ Every daemon can be it: it is the one that the nodes report to, the coordinator'
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,14 @@ TOLD_S: Final = 1.0
 log = structlog.get_logger()
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """The last step that a rank finished, None unknown; whether all that it does is seen."""
+
+    step: int | None
+    is_seen: bool
+
+
 @dataclass(slots=True)
 class _NodeView:
     """What one node last said."""
@@ -44,6 +53,7 @@ class _NodeView:
     table: dict[int, Communicator] = field(default_factory=dict)
     states: dict[int, RankState] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
+    told: dict[int, _Told | None] = field(default_factory=dict)  # None: gone
     health: Health = field(default_factory=Health)
 
 
@@ -130,6 +140,9 @@ class Analyst:
         else:
             view.states.pop(item.rank, None)  # of one that is not seen it cannot be said that it does nothing
         view.problems[item.rank] = item.coverage.problem
+        step = item.heartbeat.step if item.HasField("heartbeat") else None
+        is_seen = item.coverage.source not in ("", "none") and not item.coverage.problem
+        view.told[item.rank] = None if is_gone else _Told(step, is_seen)
 
     def renew(self, roster: Roster) -> None:
         """A later version of the roster: nodes may have changed, what ranks did has not."""
@@ -234,6 +247,26 @@ class Analyst:
     def ranks_heard(self) -> int:
         with self._lock:
             return sum(state.silent_s < SILENT_S for view in self._nodes.values() for state in view.states.values())
+
+    @property
+    def lag_steps(self) -> float:
+        """Of the slowest rank behind the fastest; not a number before any has told a step."""
+        steps = [told.step for told in self._told_by_ranks() if told and told.step is not None and told.step >= 0]
+        return max(steps) - min(steps) if steps else math.nan
+
+    @property
+    def coverage_ratio(self) -> float:
+        """Of the ranks that are not gone, those that are seen; not a number when all are gone, or none tells anything:
+        then nobody asked for timings."""
+        told = self._told_by_ranks()
+        there = [each for each in told if each]
+        if all(each.step is None for each in there):
+            return math.nan
+        return sum(each.is_seen for each in there) / (self.roster.world_size - (len(told) - len(there)))
+
+    def _told_by_ranks(self) -> list[_Told | None]:
+        with self._lock:
+            return [told for view in self._nodes.values() for told in view.told.values()]
 
     def problems(self) -> list[str]:
         """What is not seen, once for all ranks of which it is true."""

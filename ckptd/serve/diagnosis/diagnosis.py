@@ -138,7 +138,6 @@ class Diagnosis:
         if analyst.roster.version < run.roster.version:
             analyst.renew(run.roster)
         has_lost = analyst.take(request, time.monotonic())
-        self._gauges.take(request)
         # After a report of its own it judges anyway.
         if (has_lost or analyst.is_complete) and request.node_id != self._node.node_id:
             self._wake.set()
@@ -340,7 +339,7 @@ class Diagnosis:
             for key in self._analysts.keys() - live:
                 self._gauges.forget(self._analysts[key])
             for key in self._told.keys() - known:
-                self._named.tell(*key, (), time.monotonic())
+                self._named.tell(*key, (), now_s)
             for kept, keys in (
                 (self._feeds, live),
                 (self._analysts, live),
