@@ -7,7 +7,7 @@ analysts that do not see each other cannot both spend what is allowed once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from ckptd.detect.faultlog import RANKING
 from ckptd.detect.records import Confidence, Fault, Kind
@@ -19,7 +19,17 @@ SHARE: Final = 0.02
 _NEVER: Final = frozenset({Kind.DESYNC})
 
 
-def nodes_of(fault: Fault, node_of_rank: Sequence[str]) -> tuple[str, ...]:
+class Placed(Protocol):
+    """A fault, or a message of one."""
+
+    @property
+    def ranks(self) -> Sequence[int]: ...
+
+    @property
+    def nodes(self) -> Sequence[str]: ...
+
+
+def nodes_of(fault: Placed, node_of_rank: Sequence[str]) -> tuple[str, ...]:
     """The nodes that a fault is on: those it names, else those of its ranks."""
     named = fault.nodes or {node_of_rank[rank] for rank in fault.ranks if rank < len(node_of_rank)}
     return tuple(sorted(node for node in named if node))

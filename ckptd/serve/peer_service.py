@@ -41,7 +41,7 @@ class PeerService(peers_pb2_grpc.PeerServiceServicer):
             node.instance,
             record.owner if record else "",
             record.incarnations.values() if record else (),
-            node.nodes_at_fault(request.run),
+            node.nodes_at_fault(run),
         )
 
     def DescribeImage(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +11,6 @@ import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import grpc
@@ -21,6 +19,7 @@ import trustme
 import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from harness import Stage
+from modules import module_at
 from processes import run_cli
 
 from ckptd.arena.budget import RESERVE_BYTES
@@ -261,17 +260,8 @@ def test_prometheus_finds_the_pods_under_the_job_of_the_rules() -> None:
     assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
 
 
-def rules_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kubernetes_rules", FOLDER / "rules.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_operator_gets_the_rules_of_deploy_prometheus() -> None:
-    printed = rules_module().manifest()
+    printed = module_at(FOLDER / "rules.py").manifest()
     assert (FOLDER / "components/monitoring/rules.yaml").read_text() == printed, "see deploy/kubernetes/rules.py"
     files = [ROOT / "deploy/prometheus" / name for name in ("recording.yml", "alerts.yml")]
     groups = [group for file in files for group in yaml.safe_load(file.read_text())["groups"]]

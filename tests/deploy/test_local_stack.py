@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from modules import module_at
 from processes import clean_environment, wait_until
 
 LOCAL = Path(__file__).parents[2] / "deploy" / "local"
@@ -23,12 +23,7 @@ START_S = 60.0
 
 @pytest.fixture
 def lifetimes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lifetimes", LOCAL / "lifetimes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(LOCAL / "lifetimes.py")
 
 
 @pytest.fixture

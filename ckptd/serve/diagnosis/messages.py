@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from ckptd.detect.actions import nodes_of
 from ckptd.detect.faultlog import Logged
 from ckptd.detect.health import FIGURES, Health
 from ckptd.detect.records import Communicator, Confidence, Count, Kind, Pending, RankState
@@ -99,14 +100,10 @@ def fault_row(run: str, incarnation: Incarnation, logged: Logged, epoch_s: float
 
 def nodes_named(told: pb.RunFaults, roster: Roster) -> set[str]:
     """Those to which a cause in hardware is put down by a fault that lasts and is more than a suspicion."""
-    entries = roster.entries
+    node_of_rank = [entry.node_id for entry in roster.entries]
     rows = [row for row in told.faults if not row.resolved_s and row.confidence != Confidence.SUSPECT]
     at_fault = [row for row in rows if row.kind not in (Kind.DESYNC, Kind.DEATH)]
-    return {
-        node
-        for row in at_fault
-        for node in row.nodes or [entries[rank].node_id for rank in row.ranks if rank < len(entries)]
-    }
+    return {node for row in at_fault for node in nodes_of(row, node_of_rank)}
 
 
 def run_faults(analyst: Analyst, node_id: str, is_judging: bool, now_s: float, clock_s: float) -> pb.RunFaults:
