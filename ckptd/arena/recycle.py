@@ -47,13 +47,14 @@ def why_kept(state: SlotState, snapshot: SnapshotId | None, is_leased: bool, mar
         return "leased"
     if state is SlotState.FREE or snapshot is None:
         return None
-    if snapshot in marks.dead:
+    is_protected = snapshot in (marks.protected, marks.protecting) or snapshot in marks.fallbacks
+    if snapshot in marks.dead and not is_protected:
         return None
     if state is SlotState.WRITING:
         return None if marks.current and snapshot.incarnation < marks.current else "being written"
     if marks.current is None or (snapshot.incarnation < marks.current and not marks.is_decided):
         return UNDECIDED
-    if snapshot in (marks.protected, marks.protecting) or snapshot in marks.fallbacks:
+    if is_protected:
         return "protected"
     if snapshot.incarnation < marks.current:
         return "restored" if snapshot == marks.restored and marks.staged is None else None

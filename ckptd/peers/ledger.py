@@ -6,6 +6,8 @@ The rules (each was found necessary by simulation; ``check`` states what they ke
 * A rank that reports step t has thereby reported as dead every earlier step it did not seal. Without this, ranks that
   skip by local decisions end up on different steps, and after a few snapshots none ever completes again.
 * A step that was begun and is not staged by a deadline is dead. A step that any rank has freed is dead.
+* What was staged stays so, also when the coordinator restarts and knows it only because a node was told before: slots
+  that are free must not count as not yet staged, and the newest snapshot must not die of a node that is silent.
 * One step is drained at a time; a step that was due to become durable and is no longer the newest staged when the drain
   is free is passed over.
 """
@@ -52,6 +54,7 @@ class Ledger:
     _open: dict[int, _Step] = field(default_factory=dict)
     _reported: dict[int, int] = field(default_factory=dict)
     _drain_due: int | None = None
+    _learned: int | None = None  # staged before this ledger was made; whether it is to be drained comes with its seals
     _forgotten: int = -1  # the newest dead step whose outcome is no longer remembered: up to it all is settled
 
     # --- events --------------------------------------------------------------------------------------------------
@@ -65,6 +68,9 @@ class Ledger:
         """``rank``'s shard of ``step`` is sealed."""
         self._pass_over(rank, step)
         if self._is_settled(step):
+            if is_persisted and step == self._learned:
+                self._learned = None
+                self._make_durable(step)
             return
         entry = self._open_step(rank, step, now_s, roster_version)
         if entry is None:
@@ -76,6 +82,15 @@ class Ledger:
             self.died(step, Outcome("StepDead", f"rank {late[0]} went on to step {self._reported[late[0]]}"))
         elif len(entry.sealed) == self.world_size:
             self._stage(step, entry)
+
+    def known(self, staged: int | None, durable: int | None) -> None:
+        """What a node was told before: nothing new, unless this ledger is younger than that."""
+        if durable is not None and (self.durable is None or durable > self.durable):
+            self.durable = durable
+        if staged is not None and (self.staged is None or staged > self.staged):
+            self._open = {step: entry for step, entry in self._open.items() if step > staged}
+            self.dead.pop(staged, None)
+            self.staged, self._learned, self._drain_due = staged, staged, None
 
     def died(self, step: int, outcome: Outcome) -> None:
         """Some rank cannot take ``step``, or has freed it."""
@@ -112,15 +127,8 @@ class Ledger:
 
     def safeguard(self) -> None:
         """Make the newest staged step durable whatever the schedule says: nothing newer may come."""
-        step = self.staged
-        if (
-            self.has_tier
-            and step is not None
-            and step != self.draining
-            and (self.durable is None or step > self.durable)
-        ):
-            self._drain_due = step
-            self._start_drain()
+        if self.staged is not None and self.staged != self.draining:
+            self._make_durable(self.staged)
 
     # --- questions -----------------------------------------------------------------------------------------------
     @property
@@ -163,7 +171,11 @@ class Ledger:
         if self._drain_due is not None:
             self._give_up(self._drain_due, step)
         self.staged, self._drain_due = step, None
-        if entry.is_persisted and self.has_tier:
+        if entry.is_persisted:
+            self._make_durable(step)
+
+    def _make_durable(self, step: int) -> None:
+        if self.has_tier and (self.durable is None or step > self.durable):
             self._drain_due = step
             self._start_drain()
 

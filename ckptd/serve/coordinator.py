@@ -95,6 +95,10 @@ class Coordinator:
         now = time.monotonic()
         with self._lock:
             self._heard_s[request.node_id] = now
+            self._ledger.known(
+                request.staged if request.HasField("staged") else None,
+                request.durable if request.HasField("durable") else None,
+            )
             for item in request.progress:
                 self._take(item, request.node_id, now)
             if self._ledger.staged is not None:

@@ -256,6 +256,7 @@ class NodeRun:
         return len(self.roster.nodes)
 
     def request(self, progress: Sequence[pb.Progress], paces: Sequence[pb.Pace]) -> pb.ReportRequest:
+        marks = self.watermarks
         return pb.ReportRequest(
             run=self.run,
             incarnation=incarnation_to_pb(self.incarnation),
@@ -264,6 +265,8 @@ class NodeRun:
             progress=progress,
             paces=paces,
             left=sorted(self._left),
+            staged=marks.staged if marks.HasField("staged") else None,
+            durable=marks.durable if marks.HasField("durable") else None,
         )
 
     def send(self, request: pb.ReportRequest) -> pb.ReportResponse:

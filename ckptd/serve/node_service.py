@@ -146,8 +146,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         self._node.check_current(run.run, run.incarnation)
         if run.watermarks.HasField("staged") and request.step <= run.watermarks.staged:
             raise StepRepeated(f"step {request.step}: step {run.watermarks.staged} is staged already")
-        if any(o.step == request.step for o in run.watermarks.dead):
-            raise StepDead(f"step {request.step} is dead: another rank could not take it")
+        _check_alive(run, request.step)
         if (problem := run.reporter.problem) is not None:
             raise CoordinatorUnreachable(f"step {request.step}: {problem.message}")
         if request.roster_version > run.roster.version:
@@ -198,8 +197,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         run = self._run(request)
         started = time.monotonic()
         slot = self._slot_to_write(request.slot, request.generation)
-        if any(outcome.step == request.step for outcome in run.watermarks.dead):
-            raise StepDead(f"step {request.step} is dead: another rank could not take it, or it came too late")
+        _check_alive(run, request.step)
         header = slot.seal(request.index_crc)
         metrics = self._node.metrics
         metrics.seal_seconds.labels(run.run).observe(time.monotonic() - started)
@@ -357,6 +355,13 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 def _check_world_size(ranks: int) -> None:
     if ranks > _MOST_RANKS:
         raise InvalidRequest(f"a run may have {_MOST_RANKS} ranks, not {ranks}")
+
+
+def _check_alive(run: NodeRun, step: int) -> None:
+    """StepDead with the reason when a rank could not take ``step``, or was late."""
+    for outcome in run.watermarks.dead:
+        if outcome.step == step:
+            raise StepDead(f"step {step} is dead ({outcome.error}): {outcome.reason}")
 
 
 def _progress(slot: Slot, level: coordinator_pb2.Level.ValueType) -> coordinator_pb2.Progress:

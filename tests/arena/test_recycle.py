@@ -49,6 +49,10 @@ def test_a_slot_is_kept_for(state: SlotState, snapshot: SnapshotId, reason: str 
     assert why_kept(state, snapshot, False, known) == reason
 
 
+def test_what_is_protected_is_kept_although_a_coordinator_that_restarted_takes_it_for_dead() -> None:
+    assert why_kept(SEALED, at(3), False, RunMarks(NOW, True, None, at(5), at(3), dead={at(3)})) == "protected"
+
+
 def test_what_was_restored_is_kept_until_something_newer_is_staged() -> None:
     assert why_kept(SEALED, at(2, OLD), False, RunMarks(NOW, True, at(2, OLD))) == "restored"
     assert why_kept(SEALED, at(1, OLD), False, RunMarks(NOW, True, at(2, OLD))) is None

@@ -207,6 +207,25 @@ def test_a_coordinator_that_comes_back_does_not_ask_for_what_the_run_has_left_be
     assert not job.marks["not_protected"]
 
 
+def test_a_coordinator_that_has_yet_to_hear_from_every_node_costs_no_snapshot(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(
+        4,
+    )
+    job = ShardJob(fleet.daemons, protect="2+2")
+    for step in (1, 2, 3):
+        job.save(step)
+        job.wait_protected(step)
+    fleet.daemons[3].stop()  # it does not tell what it holds
+    fleet.daemons[0].restart()
+    job.rejoin(fleet.daemons[0])
+    wait_until(lambda: job.marks["staged"] == 3, "step 3 to be known as staged")
+    job.save(4, ranks=[0, 1, 2])
+    fleet.daemons[3].cont()
+    job.save(4, ranks=[3])
+    job.wait_protected(4)
+    assert not job.marks["dead"]
+
+
 # --- flipped bits -------------------------------------------------------------------------------------------------
 def test_a_bit_flipped_in_a_slot_before_it_is_pulled_is_named_and_no_parity_is_made_of_it(
     make_fleet: MakeFleet,

@@ -132,6 +132,49 @@ def test_a_run_is_not_idle_while_a_drain_is_under_way_or_waits() -> None:
     assert book.is_idle
 
 
+# --- a ledger made anew -------------------------------------------------------------------------------------------
+def test_what_a_node_was_told_is_staged_stays_so_although_other_nodes_are_silent() -> None:
+    book = ledger()
+    book.sealed(0, 3, False, 0.0)
+    book.known(staged=3, durable=1)
+    assert (book.staged, book.durable) == (3, 1)
+    book.tick(DEADLINE_S + 1)
+    assert not book.dead
+    book.sealed(1, 3, False, 0.0)
+    book.known(staged=2, durable=None)
+    assert (book.staged, book.durable) == (3, 1)
+    book.check()
+
+
+def test_a_step_that_died_before_it_was_known_to_be_staged_lives() -> None:
+    book = ledger()
+    book.sealed(0, 3, False, 0.0)
+    book.tick(DEADLINE_S + 1)
+    assert 3 in book.dead
+    book.known(staged=3, durable=None)
+    assert book.staged == 3
+    assert not book.dead
+    book.check()
+
+
+def test_a_drain_that_a_restart_interrupted_goes_on_once() -> None:
+    book = ledger(has_tier=True)
+    book.known(staged=3, durable=1)
+    assert book.draining is None
+    book.sealed(0, 3, True, 0.0)
+    assert book.draining == 3
+    book.drain_failed(3, "disk full")
+    book.sealed(1, 3, True, 0.0)
+    assert book.draining is None
+
+
+def test_what_is_durable_already_is_not_drained_again_after_a_restart() -> None:
+    book = ledger(has_tier=True)
+    book.known(staged=3, durable=3)
+    book.sealed(0, 3, True, 0.0)
+    assert book.draining is None
+
+
 # --- versions of the roster ---------------------------------------------------------------------------------------
 def test_a_step_begun_with_two_versions_of_the_roster_is_dead_and_says_so() -> None:
     book = ledger()
@@ -206,6 +249,13 @@ class LedgerMachine(RuleBasedStateMachine):
     def tick(self, passed_s: float) -> None:
         self.now += passed_s
         self.book.tick(self.now)
+
+    @rule()
+    def restart(self) -> None:
+        """The coordinator restarts, and hears first from a node that was told all."""
+        before, self.book = self.book, ledger(self.book.world_size, has_tier=self.book.has_tier)
+        self.book.known(before.staged, before.durable)
+        self.died = {step for step in self.died if step in self.book.dead}
 
     @rule(is_well=st.booleans())
     def drain_ends(self, is_well: bool) -> None:

@@ -27,7 +27,7 @@ from ckptd_api.v1 import timings_pb2 as ckptd__api_dot_v1_dot_timings__pb2
 from ckptd_api.v1 import types_pb2 as ckptd__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63kptd_api/v1/coordinator.proto\x12\x0c\x63kptd_api.v1\x1a\x19\x63kptd_api/v1/faults.proto\x1a\x1a\x63kptd_api/v1/timings.proto\x1a\x18\x63kptd_api/v1/types.proto\"A\n\x0c\x41rrayWritten\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\r\"\xa9\x02\n\x08Progress\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\"\n\x05level\x18\x03 \x01(\x0e\x32\x13.ckptd_api.v1.Level\x12\x14\n\x0cis_persisted\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x0c\n\x04tier\x18\x07 \x01(\t\x12*\n\x06\x61rrays\x18\x08 \x03(\x0b\x32\x1a.ckptd_api.v1.ArrayWritten\x12\x13\n\x0bindex_bytes\x18\t \x01(\x04\x12\x11\n\tindex_crc\x18\n \x01(\r\x12.\n\x0bincarnation\x18\x0b \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x16\n\x0eroster_version\x18\x0c \x01(\x04\"O\n\x04Pace\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x03 \x01(\x01\x12\x15\n\rstall_seconds\x18\x04 \x01(\x01\"\xca\x01\n\rReportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x10\n\x08instance\x18\x04 \x01(\x06\x12(\n\x08progress\x18\x05 \x03(\x0b\x32\x16.ckptd_api.v1.Progress\x12!\n\x05paces\x18\x06 \x03(\x0b\x32\x12.ckptd_api.v1.Pace\x12\x0c\n\x04left\x18\x07 \x03(\r\"P\n\x0eReportResponse\x12,\n\nwatermarks\x18\x01 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\x12\x10\n\x08instance\x18\x02 \x01(\x06\"\xaf\x01\n\nNodeHealth\x12\r\n\x05score\x18\x01 \x01(\x01\x12\r\n\x05signs\x18\x02 \x03(\t\x12<\n\nseverities\x18\x03 \x03(\x0b\x32(.ckptd_api.v1.NodeHealth.SeveritiesEntry\x12\x12\n\nis_learned\x18\x04 \x01(\x08\x1a\x31\n\x0fSeveritiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x93\x02\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\x0c\x12\x0f\n\x07samples\x18\x03 \x01(\x0c\x12*\n\theartbeat\x18\x04 \x01(\x0b\x32\x17.ckptd_api.v1.Heartbeat\x12\x16\n\x0esilent_seconds\x18\x05 \x01(\x01\x12\x0f\n\x07is_dead\x18\x06 \x01(\x08\x12\x10\n\x08has_left\x18\x07 \x01(\x08\x12(\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x16.ckptd_api.v1.Coverage\x12\x14\n\x0cgone_seconds\x18\t \x01(\x01\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x0e\n\x06signal\x18\x0b \x01(\r\x12\x11\n\tpositions\x18\x0c \x03(\t\"p\n\x0bPeerFigures\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0brtt_seconds\x18\x02 \x01(\x01\x12\x18\n\x10retransmit_share\x18\x03 \x01(\x01\x12!\n\x19\x64\x65livery_bytes_per_second\x18\x04 \x01(\x01\"6\n\nPeerSample\x12(\n\x05peers\x18\x01 \x03(\x0b\x32\x19.ckptd_api.v1.PeerFigures\"\xce\x02\n\x12ReportRanksRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x36\n\rcommunicators\x18\x04 \x03(\x0b\x32\x1f.ckptd_api.v1.CommunicatorEntry\x12\'\n\x05ranks\x18\x05 \x03(\x0b\x32\x18.ckptd_api.v1.RankReport\x12 \n\x04mesh\x18\x06 \x01(\x0b\x32\x12.ckptd_api.v1.Mesh\x12(\n\x06health\x18\x07 \x01(\x0b\x32\x18.ckptd_api.v1.NodeHealth\x12\x14\n\x0cknown_faults\x18\x08 \x01(\x06\x12\'\n\x05peers\x18\t \x01(\x0b\x32\x18.ckptd_api.v1.PeerSample\"P\n\x13ReportRanksResponse\x12\x10\n\x08instance\x18\x01 \x01(\x06\x12\'\n\x06\x66\x61ults\x18\x02 \x01(\x0b\x32\x17.ckptd_api.v1.RunFaults\"q\n\x13RecordActionRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\"\'\n\x14RecordActionResponse\x12\x0f\n\x07refusal\x18\x01 \x01(\t\">\n\x0cProbeFinding\x12\r\n\x05kinds\x18\x01 \x03(\t\x12\r\n\x05nodes\x18\x02 \x03(\t\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"\x80\x01\n\x13VerifyFaultsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12,\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x1a.ckptd_api.v1.ProbeFinding\">\n\x14VerifyFaultsResponse\x12&\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x16.ckptd_api.v1.FaultRow\"y\n$CoordinatorServiceGetPicturesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x14\n\x0cis_recording\x18\x03 \x01(\x08\"L\n%CoordinatorServiceGetPicturesResponse\x12\x10\n\x08pictures\x18\x01 \x01(\x0c\x12\x11\n\trecording\x18\x02 \x01(\x0c*\xd3\x01\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLEVEL_BEGUN\x10\x01\x12\x10\n\x0cLEVEL_STAGED\x10\x02\x12\x13\n\x0fLEVEL_PROTECTED\x10\x03\x12\x11\n\rLEVEL_DRAINED\x10\x04\x12\x0e\n\nLEVEL_DEAD\x10\x05\x12\x0f\n\x0bLEVEL_FREED\x10\x06\x12\x16\n\x12LEVEL_DRAIN_FAILED\x10\x07\x12\x18\n\x14LEVEL_PROTECT_FAILED\x10\x08\x12\x15\n\x11LEVEL_PARITY_LOST\x10\t2\xd3\x03\n\x12\x43oordinatorService\x12\x43\n\x06Report\x12\x1b.ckptd_api.v1.ReportRequest\x1a\x1c.ckptd_api.v1.ReportResponse\x12R\n\x0bReportRanks\x12 .ckptd_api.v1.ReportRanksRequest\x1a!.ckptd_api.v1.ReportRanksResponse\x12U\n\x0cRecordAction\x12!.ckptd_api.v1.RecordActionRequest\x1a\".ckptd_api.v1.RecordActionResponse\x12U\n\x0cVerifyFaults\x12!.ckptd_api.v1.VerifyFaultsRequest\x1a\".ckptd_api.v1.VerifyFaultsResponse\x12v\n\x0bGetPictures\x12\x32.ckptd_api.v1.CoordinatorServiceGetPicturesRequest\x1a\x33.ckptd_api.v1.CoordinatorServiceGetPicturesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63kptd_api/v1/coordinator.proto\x12\x0c\x63kptd_api.v1\x1a\x19\x63kptd_api/v1/faults.proto\x1a\x1a\x63kptd_api/v1/timings.proto\x1a\x18\x63kptd_api/v1/types.proto\"A\n\x0c\x41rrayWritten\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\r\"\xa9\x02\n\x08Progress\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\"\n\x05level\x18\x03 \x01(\x0e\x32\x13.ckptd_api.v1.Level\x12\x14\n\x0cis_persisted\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x0c\n\x04tier\x18\x07 \x01(\t\x12*\n\x06\x61rrays\x18\x08 \x03(\x0b\x32\x1a.ckptd_api.v1.ArrayWritten\x12\x13\n\x0bindex_bytes\x18\t \x01(\x04\x12\x11\n\tindex_crc\x18\n \x01(\r\x12.\n\x0bincarnation\x18\x0b \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x16\n\x0eroster_version\x18\x0c \x01(\x04\"O\n\x04Pace\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x03 \x01(\x01\x12\x15\n\rstall_seconds\x18\x04 \x01(\x01\"\x8c\x02\n\rReportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x10\n\x08instance\x18\x04 \x01(\x06\x12(\n\x08progress\x18\x05 \x03(\x0b\x32\x16.ckptd_api.v1.Progress\x12!\n\x05paces\x18\x06 \x03(\x0b\x32\x12.ckptd_api.v1.Pace\x12\x0c\n\x04left\x18\x07 \x03(\r\x12\x13\n\x06staged\x18\x08 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07\x64urable\x18\t \x01(\x04H\x01\x88\x01\x01\x42\t\n\x07_stagedB\n\n\x08_durable\"P\n\x0eReportResponse\x12,\n\nwatermarks\x18\x01 \x01(\x0b\x32\x18.ckptd_api.v1.Watermarks\x12\x10\n\x08instance\x18\x02 \x01(\x06\"\xaf\x01\n\nNodeHealth\x12\r\n\x05score\x18\x01 \x01(\x01\x12\r\n\x05signs\x18\x02 \x03(\t\x12<\n\nseverities\x18\x03 \x03(\x0b\x32(.ckptd_api.v1.NodeHealth.SeveritiesEntry\x12\x12\n\nis_learned\x18\x04 \x01(\x08\x1a\x31\n\x0fSeveritiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x93\x02\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\x0c\x12\x0f\n\x07samples\x18\x03 \x01(\x0c\x12*\n\theartbeat\x18\x04 \x01(\x0b\x32\x17.ckptd_api.v1.Heartbeat\x12\x16\n\x0esilent_seconds\x18\x05 \x01(\x01\x12\x0f\n\x07is_dead\x18\x06 \x01(\x08\x12\x10\n\x08has_left\x18\x07 \x01(\x08\x12(\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x16.ckptd_api.v1.Coverage\x12\x14\n\x0cgone_seconds\x18\t \x01(\x01\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x0e\n\x06signal\x18\x0b \x01(\r\x12\x11\n\tpositions\x18\x0c \x03(\t\"p\n\x0bPeerFigures\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0brtt_seconds\x18\x02 \x01(\x01\x12\x18\n\x10retransmit_share\x18\x03 \x01(\x01\x12!\n\x19\x64\x65livery_bytes_per_second\x18\x04 \x01(\x01\"6\n\nPeerSample\x12(\n\x05peers\x18\x01 \x03(\x0b\x32\x19.ckptd_api.v1.PeerFigures\"\xce\x02\n\x12ReportRanksRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x36\n\rcommunicators\x18\x04 \x03(\x0b\x32\x1f.ckptd_api.v1.CommunicatorEntry\x12\'\n\x05ranks\x18\x05 \x03(\x0b\x32\x18.ckptd_api.v1.RankReport\x12 \n\x04mesh\x18\x06 \x01(\x0b\x32\x12.ckptd_api.v1.Mesh\x12(\n\x06health\x18\x07 \x01(\x0b\x32\x18.ckptd_api.v1.NodeHealth\x12\x14\n\x0cknown_faults\x18\x08 \x01(\x06\x12\'\n\x05peers\x18\t \x01(\x0b\x32\x18.ckptd_api.v1.PeerSample\"P\n\x13ReportRanksResponse\x12\x10\n\x08instance\x18\x01 \x01(\x06\x12\'\n\x06\x66\x61ults\x18\x02 \x01(\x0b\x32\x17.ckptd_api.v1.RunFaults\"q\n\x13RecordActionRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\"\'\n\x14RecordActionResponse\x12\x0f\n\x07refusal\x18\x01 \x01(\t\">\n\x0cProbeFinding\x12\r\n\x05kinds\x18\x01 \x03(\t\x12\r\n\x05nodes\x18\x02 \x03(\t\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"\x80\x01\n\x13VerifyFaultsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12,\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x1a.ckptd_api.v1.ProbeFinding\">\n\x14VerifyFaultsResponse\x12&\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x16.ckptd_api.v1.FaultRow\"y\n$CoordinatorServiceGetPicturesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12.\n\x0bincarnation\x18\x02 \x01(\x0b\x32\x19.ckptd_api.v1.Incarnation\x12\x14\n\x0cis_recording\x18\x03 \x01(\x08\"L\n%CoordinatorServiceGetPicturesResponse\x12\x10\n\x08pictures\x18\x01 \x01(\x0c\x12\x11\n\trecording\x18\x02 \x01(\x0c*\xd3\x01\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLEVEL_BEGUN\x10\x01\x12\x10\n\x0cLEVEL_STAGED\x10\x02\x12\x13\n\x0fLEVEL_PROTECTED\x10\x03\x12\x11\n\rLEVEL_DRAINED\x10\x04\x12\x0e\n\nLEVEL_DEAD\x10\x05\x12\x0f\n\x0bLEVEL_FREED\x10\x06\x12\x16\n\x12LEVEL_DRAIN_FAILED\x10\x07\x12\x18\n\x14LEVEL_PROTECT_FAILED\x10\x08\x12\x15\n\x11LEVEL_PARITY_LOST\x10\t2\xd3\x03\n\x12\x43oordinatorService\x12\x43\n\x06Report\x12\x1b.ckptd_api.v1.ReportRequest\x1a\x1c.ckptd_api.v1.ReportResponse\x12R\n\x0bReportRanks\x12 .ckptd_api.v1.ReportRanksRequest\x1a!.ckptd_api.v1.ReportRanksResponse\x12U\n\x0cRecordAction\x12!.ckptd_api.v1.RecordActionRequest\x1a\".ckptd_api.v1.RecordActionResponse\x12U\n\x0cVerifyFaults\x12!.ckptd_api.v1.VerifyFaultsRequest\x1a\".ckptd_api.v1.VerifyFaultsResponse\x12v\n\x0bGetPictures\x12\x32.ckptd_api.v1.CoordinatorServiceGetPicturesRequest\x1a\x33.ckptd_api.v1.CoordinatorServiceGetPicturesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODEHEALTH_SEVERITIESENTRY']._loaded_options = None
   _globals['_NODEHEALTH_SEVERITIESENTRY']._serialized_options = b'8\001'
-  _globals['_LEVEL']._serialized_start=2526
-  _globals['_LEVEL']._serialized_end=2737
+  _globals['_LEVEL']._serialized_start=2592
+  _globals['_LEVEL']._serialized_end=2803
   _globals['_ARRAYWRITTEN']._serialized_start=129
   _globals['_ARRAYWRITTEN']._serialized_end=194
   _globals['_PROGRESS']._serialized_start=197
@@ -45,37 +45,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PACE']._serialized_start=496
   _globals['_PACE']._serialized_end=575
   _globals['_REPORTREQUEST']._serialized_start=578
-  _globals['_REPORTREQUEST']._serialized_end=780
-  _globals['_REPORTRESPONSE']._serialized_start=782
-  _globals['_REPORTRESPONSE']._serialized_end=862
-  _globals['_NODEHEALTH']._serialized_start=865
-  _globals['_NODEHEALTH']._serialized_end=1040
-  _globals['_NODEHEALTH_SEVERITIESENTRY']._serialized_start=991
-  _globals['_NODEHEALTH_SEVERITIESENTRY']._serialized_end=1040
-  _globals['_RANKREPORT']._serialized_start=1043
-  _globals['_RANKREPORT']._serialized_end=1318
-  _globals['_PEERFIGURES']._serialized_start=1320
-  _globals['_PEERFIGURES']._serialized_end=1432
-  _globals['_PEERSAMPLE']._serialized_start=1434
-  _globals['_PEERSAMPLE']._serialized_end=1488
-  _globals['_REPORTRANKSREQUEST']._serialized_start=1491
-  _globals['_REPORTRANKSREQUEST']._serialized_end=1825
-  _globals['_REPORTRANKSRESPONSE']._serialized_start=1827
-  _globals['_REPORTRANKSRESPONSE']._serialized_end=1907
-  _globals['_RECORDACTIONREQUEST']._serialized_start=1909
-  _globals['_RECORDACTIONREQUEST']._serialized_end=2022
-  _globals['_RECORDACTIONRESPONSE']._serialized_start=2024
-  _globals['_RECORDACTIONRESPONSE']._serialized_end=2063
-  _globals['_PROBEFINDING']._serialized_start=2065
-  _globals['_PROBEFINDING']._serialized_end=2127
-  _globals['_VERIFYFAULTSREQUEST']._serialized_start=2130
-  _globals['_VERIFYFAULTSREQUEST']._serialized_end=2258
-  _globals['_VERIFYFAULTSRESPONSE']._serialized_start=2260
-  _globals['_VERIFYFAULTSRESPONSE']._serialized_end=2322
-  _globals['_COORDINATORSERVICEGETPICTURESREQUEST']._serialized_start=2324
-  _globals['_COORDINATORSERVICEGETPICTURESREQUEST']._serialized_end=2445
-  _globals['_COORDINATORSERVICEGETPICTURESRESPONSE']._serialized_start=2447
-  _globals['_COORDINATORSERVICEGETPICTURESRESPONSE']._serialized_end=2523
-  _globals['_COORDINATORSERVICE']._serialized_start=2740
-  _globals['_COORDINATORSERVICE']._serialized_end=3207
+  _globals['_REPORTREQUEST']._serialized_end=846
+  _globals['_REPORTRESPONSE']._serialized_start=848
+  _globals['_REPORTRESPONSE']._serialized_end=928
+  _globals['_NODEHEALTH']._serialized_start=931
+  _globals['_NODEHEALTH']._serialized_end=1106
+  _globals['_NODEHEALTH_SEVERITIESENTRY']._serialized_start=1057
+  _globals['_NODEHEALTH_SEVERITIESENTRY']._serialized_end=1106
+  _globals['_RANKREPORT']._serialized_start=1109
+  _globals['_RANKREPORT']._serialized_end=1384
+  _globals['_PEERFIGURES']._serialized_start=1386
+  _globals['_PEERFIGURES']._serialized_end=1498
+  _globals['_PEERSAMPLE']._serialized_start=1500
+  _globals['_PEERSAMPLE']._serialized_end=1554
+  _globals['_REPORTRANKSREQUEST']._serialized_start=1557
+  _globals['_REPORTRANKSREQUEST']._serialized_end=1891
+  _globals['_REPORTRANKSRESPONSE']._serialized_start=1893
+  _globals['_REPORTRANKSRESPONSE']._serialized_end=1973
+  _globals['_RECORDACTIONREQUEST']._serialized_start=1975
+  _globals['_RECORDACTIONREQUEST']._serialized_end=2088
+  _globals['_RECORDACTIONRESPONSE']._serialized_start=2090
+  _globals['_RECORDACTIONRESPONSE']._serialized_end=2129
+  _globals['_PROBEFINDING']._serialized_start=2131
+  _globals['_PROBEFINDING']._serialized_end=2193
+  _globals['_VERIFYFAULTSREQUEST']._serialized_start=2196
+  _globals['_VERIFYFAULTSREQUEST']._serialized_end=2324
+  _globals['_VERIFYFAULTSRESPONSE']._serialized_start=2326
+  _globals['_VERIFYFAULTSRESPONSE']._serialized_end=2388
+  _globals['_COORDINATORSERVICEGETPICTURESREQUEST']._serialized_start=2390
+  _globals['_COORDINATORSERVICEGETPICTURESREQUEST']._serialized_end=2511
+  _globals['_COORDINATORSERVICEGETPICTURESRESPONSE']._serialized_start=2513
+  _globals['_COORDINATORSERVICEGETPICTURESRESPONSE']._serialized_end=2589
+  _globals['_COORDINATORSERVICE']._serialized_start=2806
+  _globals['_COORDINATORSERVICE']._serialized_end=3273
 # @@protoc_insertion_point(module_scope)

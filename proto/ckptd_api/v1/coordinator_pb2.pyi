@@ -183,9 +183,14 @@ class ReportRequest(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     PACES_FIELD_NUMBER: _builtins.int
     LEFT_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     node_id: _builtins.str
     instance: _builtins.int
+    staged: _builtins.int
+    """The newest steps that this node was told are staged and durable: news to a coordinator that restarted."""
+    durable: _builtins.int
     @_builtins.property
     def incarnation(self) -> _types_pb2.Incarnation: ...
     @_builtins.property
@@ -206,12 +211,21 @@ class ReportRequest(_message.Message):
         progress: _abc.Iterable[Global___Progress] | None = ...,
         paces: _abc.Iterable[Global___Pace] | None = ...,
         left: _abc.Iterable[_builtins.int] | None = ...,
+        staged: _builtins.int | None = ...,
+        durable: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_durable", b"_durable", "_staged", b"_staged", "durable", b"durable", "incarnation", b"incarnation", "staged", b"staged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "instance", b"instance", "left", b"left", "node_id", b"node_id", "paces", b"paces", "progress", b"progress", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable", b"_durable", "_staged", b"_staged", "durable", b"durable", "incarnation", b"incarnation", "instance", b"instance", "left", b"left", "node_id", b"node_id", "paces", b"paces", "progress", b"progress", "run", b"run", "staged", b"staged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__durable: _TypeAlias = _typing.Literal["durable"]  # noqa: Y015
+    _WhichOneofArgType__durable: _TypeAlias = _typing.Literal["_durable", b"_durable"]  # noqa: Y015
+    _WhichOneofReturnType__staged: _TypeAlias = _typing.Literal["staged"]  # noqa: Y015
+    _WhichOneofArgType__staged: _TypeAlias = _typing.Literal["_staged", b"_staged"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__durable) -> _WhichOneofReturnType__durable | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__staged) -> _WhichOneofReturnType__staged | None: ...
 
 Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
 
