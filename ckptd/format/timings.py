@@ -74,6 +74,14 @@ OPERATION: Final = np.dtype(
     ]
 )
 
+# A collective that a rank has entered, in the memory it shares with its daemon (``BLACK_BOX_ROWS`` of them, as a ring).
+# ``ordinal`` counts from 1 over all of them; 0: the row was never written.
+ENTERED: Final = np.dtype(
+    [("ordinal", "<u8"), ("communicator", "<u4"), ("op", "u1"), ("seq", "<u8"), ("size_bytes", "<u8")]
+)
+BLACK_BOX_ROWS: Final = 1024
+BLACK_BOX_BYTES: Final = BLACK_BOX_ROWS * ENTERED.itemsize
+
 # A step mark: step ``step`` was done at ``end_ns``; it began at the mark before it.
 STEP: Final = np.dtype([("step", "<i8"), ("end_ns", "<i8"), ("mask", "<u4")])
 

@@ -2,8 +2,9 @@
 
 Frames are a 4-byte big-endian length and JSON. ``{"op": "session"}`` answers ``{"token", "instance"}``, the token bound
 to the uid the kernel reports (SO_PEERCRED). ``{"op": "slot", "token", "slot", "writable"}`` answers ``{"slot_bytes"}``
-with the descriptor. Errors answer ``{"error": {"name", "message", "hint"}}``. Descriptors are opened afresh for every
-hand-over, so that locks and offsets are the receiver's own.
+with the descriptor. ``{"op": "black_box", "token", "run", "incarnation", "rank"}`` answers ``{}`` and a descriptor of
+memory for the rank's last operations. Errors answer ``{"error": {"name", "message", "hint"}}``. Descriptors of slots
+are opened afresh for every hand-over, so that locks and offsets are the receiver's own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Final
 import structlog
 
 from ckptd.errors import CkptdError, InvalidRequest
+from ckptd.model import Incarnation
 from ckptd.serve.sessions import Identity, Sessions
 
 _PEERCRED = struct.Struct("3i")
@@ -31,17 +33,22 @@ _IDLE_S: Final = 3600.0
 _PAUSE_S: Final = 0.1
 
 OpenSlot = Callable[[Identity, str, bool], tuple[int, int]]
+OpenBlackBox = Callable[[Identity, str, Incarnation, int], int]
 log = structlog.get_logger()
 
 
 class FdSocket:
-    """Serves the socket at ``path`` on threads of its own. ``open_slot(identity, id, writable)`` gives (fd, bytes)."""
+    """Serves the socket at ``path`` on threads of its own. ``open_slot(identity, id, writable)`` gives (fd, bytes),
+    ``open_black_box(identity, run, incarnation, rank)`` a fd."""
 
-    def __init__(self, path: Path, sessions: Sessions, instance: int, open_slot: OpenSlot) -> None:
+    def __init__(
+        self, path: Path, sessions: Sessions, instance: int, open_slot: OpenSlot, open_black_box: OpenBlackBox
+    ) -> None:
         self._path = path
         self._sessions = sessions
         self._instance = instance
         self._open_slot = open_slot
+        self._open_black_box = open_black_box
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._is_closed = False
 
@@ -88,6 +95,13 @@ class FdSocket:
                 caller = self._sessions.identify(str(request.get("token")))
                 fd, size = self._open_slot(caller, str(request.get("slot")), bool(request.get("writable")))
                 fds, reply = [fd], {"slot_bytes": size}
+            elif request.get("op") == "black_box":
+                caller = self._sessions.identify(str(request.get("token")))
+                incarnation = Incarnation.parse(str(request.get("incarnation")))
+                rank = request.get("rank")
+                if not isinstance(rank, int):
+                    raise InvalidRequest(f"rank {rank!r} is not a number")
+                fds, reply = [self._open_black_box(caller, str(request.get("run")), incarnation, rank)], {}
             else:
                 raise InvalidRequest(f"unknown operation {request.get('op')!r}")
         except CkptdError as error:

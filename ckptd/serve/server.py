@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ckptd.config import Settings, fd_socket_path, parse_host_port
 from ckptd.errors import InvalidRequest, NotPermitted
+from ckptd.model import Incarnation
 from ckptd.serve.diagnosis.pictures import pictures_here
 from ckptd.serve.fd_socket import FdSocket
 from ckptd.serve.http import Page, serve_http
@@ -132,7 +133,9 @@ def serve(settings: Settings) -> int:
     socket_path = Path(settings.socket)
     checks = [upkeep_check(upkeep, systemd.silence_s), call_check(socket_path)]
     pulse = Pulse(systemd, checks, lambda: describe(node))
-    fd_socket = FdSocket(fd_socket_path(socket_path), node.sessions, node.instance, _slot_opener(node))
+    fd_socket = FdSocket(
+        fd_socket_path(socket_path), node.sessions, node.instance, _slot_opener(node), _black_box_opener(node)
+    )
     server, services_up = _grpc_server(settings, node, socket_path)
     node.metrics.node.info({"node": node.node_id, "address": node.address})
     web = None
@@ -238,6 +241,13 @@ def _slot_opener(node: Node) -> Callable[[Identity, str, bool], tuple[int, int]]
         return os.open(slot.path, os.O_RDWR if is_writable else os.O_RDONLY), slot.capacity_bytes
 
     return open_slot
+
+
+def _black_box_opener(node: Node) -> Callable[[Identity, str, Incarnation, int], int]:
+    def open_black_box(identity: Identity, run: str, incarnation: Incarnation, rank: int) -> int:
+        return node.diagnosis.open_black_box(node.node_run(identity, run, incarnation), rank)
+
+    return open_black_box
 
 
 def _pages(node: Node, tier_watch: TierWatch, pulse: Pulse) -> dict[str, Page]:

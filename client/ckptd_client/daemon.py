@@ -19,6 +19,7 @@ from typing import Any, Final
 import grpc
 
 from ckptd.errors import CkptdError, DaemonUnreachable, InvalidRequest, SessionExpired, error_from_wire
+from ckptd.model import Incarnation
 from ckptd_api.status import error_from_rpc
 from ckptd_api.v1 import node_pb2, node_pb2_grpc
 
@@ -105,6 +106,16 @@ class Daemon:
         with self._lock:
             reply, fds = self._ask({"op": "slot", "token": self._token, "slot": slot, "writable": is_writable})
         return fds[0], int(reply["slot_bytes"])
+
+    def black_box(self, run: str, incarnation: Incarnation, rank: int) -> int | None:
+        """A descriptor of memory that the daemon reads when the process of ``rank`` is gone: BLACK_BOX_BYTES of ENTERED
+        rows. The caller closes it. None where memory cannot be shared."""
+        if not self.can_share_memory:
+            return None
+        about = {"run": run, "incarnation": str(incarnation), "rank": rank}
+        with self._lock:
+            _, fds = self._ask({"op": "black_box", "token": self._token, **about})
+        return fds[0]
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """One exchange on the fd socket, reconnecting once when the daemon closed it."""

@@ -81,6 +81,21 @@ def test_the_end_of_a_step_is_told_at_once_when_the_last_beat_is_long_ago(
         beating.close(0.0)
 
 
+def test_what_was_entered_is_in_memory_of_each_daemon_in_turn(heartbeat: Heartbeat, link: Link) -> None:
+    dist.barrier()
+    heartbeat.beat(1.0)
+    dist.all_reduce(torch.ones(3))
+    link.instance += 1  # the daemon was restarted
+    heartbeat.beat(1.0)
+    heartbeat.beat(1.0)
+    dist.barrier()
+    first, second = ([Op(row["op"]) for row in box.read()] for box in link.black_boxes)
+    assert first == [Op.BARRIER, Op.ALL_REDUCE]
+    assert second == [Op.BARRIER, Op.ALL_REDUCE, Op.BARRIER]
+    row = link.black_boxes[1].read()[1]
+    assert (row["communicator"], row["seq"], row["size_bytes"]) == (0, 2, 12)
+
+
 def test_counts_say_what_was_entered_and_what_ended(heartbeat: Heartbeat, link: Link) -> None:
     dist.barrier()
     work = stuck()

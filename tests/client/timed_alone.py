@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from ckptd.errors import CkptdError
 from ckptd.format.timings import OPERATION, STEP, Op, Rows, unpack
+from ckptd.model import Incarnation
+from ckptd.serve.diagnosis.black_box import BlackBox
+from ckptd_api.convert import incarnation_from_pb
 from ckptd_api.v1 import node_pb2, types_pb2
 from ckptd_client.timing import collection as process
 from ckptd_client.timing.collection import Collection
@@ -66,6 +69,7 @@ class Link:
         self.error: CkptdError | None = None
         self.answers: list[node_pb2.ReportTimingsResponse] = []
         self.requests: list[node_pb2.ReportTimingsRequest] = []
+        self.black_boxes: list[BlackBox] = []
 
     @property
     def daemon(self) -> Any:
@@ -78,6 +82,11 @@ class Link:
             raise self.error
         self.requests.append(request)
         return self.answers.pop(0) if self.answers else node_pb2.ReportTimingsResponse()
+
+    def black_box(self, run: str, incarnation: Incarnation, rank: int) -> int:
+        assert (run, incarnation, rank) == (self.run, incarnation_from_pb(self.incarnation), self.rank)
+        self.black_boxes.append(BlackBox())
+        return self.black_boxes[-1].descriptor()
 
     @property
     def last(self) -> node_pb2.ReportTimingsRequest:

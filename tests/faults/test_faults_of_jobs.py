@@ -36,8 +36,7 @@ def case(mode: str, fault: str, world_size: int, rank: int, *, is_slow: bool = T
         case("fsdp", "stop", 4, 0),
         case("ddp", "gil", 2, 1),
         case("ddp", "skip", 3, 0),
-        # gloo may abort the other rank before that has told what it was in: that one is named then, as a death.
-        pytest.param("ddp", "skip", 2, 1, marks=[pytest.mark.slow, pytest.mark.xfail(strict=False)], id="ddp-skip-2"),
+        case("ddp", "skip", 2, 1),
         case("fsdp", "skip", 4, 2),
         case("fsdp", "size", 3, 1),
     ],

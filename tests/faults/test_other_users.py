@@ -52,8 +52,8 @@ def test_slots_cannot_be_opened_by_their_path(saved: DaemonProcess) -> None:
         assert path.stat().st_mode & 0o077 == 0
 
 
-def ask_as_nobody(fd_socket: Path, slot: str) -> list[str]:
-    """What the fd socket answers to a child of another uid that asks for ``slot``, to read and to write."""
+def ask_as_nobody(fd_socket: Path, *requests: dict[str, Any]) -> list[str]:
+    """What the fd socket answers to a child of another uid that asks for each of ``requests``."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -64,9 +64,8 @@ def ask_as_nobody(fd_socket: Path, slot: str) -> list[str]:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(str(fd_socket))
                 token = _ask(connection, {"op": "session"})[0]["token"]
-                for is_writable in (False, True):
-                    request = {"op": "slot", "token": token, "slot": slot, "writable": is_writable}
-                    reply, fds = _ask(connection, request)
+                for request in requests:
+                    reply, fds = _ask(connection, {"token": token, **request})
                     os.write(write_end, f"{reply.get('error', {}).get('name')} {len(fds)}\n".encode())
         finally:
             os._exit(0)
@@ -84,5 +83,30 @@ def _ask(connection: socket.socket, request: dict[str, Any]) -> tuple[dict[str, 
 
 
 def test_a_slot_is_handed_over_to_no_other_user(saved: DaemonProcess) -> None:
-    slot = saved.slot_files()[0].name
-    assert ask_as_nobody(saved.socket.with_name("d.fd.sock"), slot) == ["NotPermitted 0", "NotPermitted 0"]
+    wanted = {"op": "slot", "slot": saved.slot_files()[0].name}
+    answers = ask_as_nobody(fd_socket(saved), {**wanted, "writable": False}, {**wanted, "writable": True})
+    assert answers == ["NotPermitted 0", "NotPermitted 0"]
+
+
+def test_the_last_operations_of_a_rank_are_written_by_no_other_user(saved: DaemonProcess) -> None:
+    incarnation = saved.status()["runs"][0]["incarnation"]
+    wanted = {"op": "black_box", "run": "tiny", "incarnation": incarnation, "rank": 0}
+    assert ask_as_nobody(fd_socket(saved), wanted) == ["NotPermitted 0"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"run": "none"}, {"incarnation": "?"}, {"incarnation": "9-9"}, {"rank": 7}, {"rank": "0"}, {"rank": None}]
+)
+def test_memory_for_a_rank_that_did_not_join_is_refused(saved: DaemonProcess, wrong: dict[str, Any]) -> None:
+    about = {"run": "tiny", "incarnation": saved.status()["runs"][0]["incarnation"], "rank": 0}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(fd_socket(saved)))
+        token = _ask(connection, {"op": "session"})[0]["token"]
+        reply, fds = _ask(connection, {"op": "black_box", "token": token, **about, **wrong})
+        assert "name" in reply["error"]
+        assert fds == []
+        assert _ask(connection, {"op": "session"})[0]["token"]
+
+
+def fd_socket(daemon: DaemonProcess) -> Path:
+    return daemon.socket.with_name("d.fd.sock")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from fleet import MakeFleet
 from harness import DaemonProcess, wait_until
 from processes import run_cli
 from shard_ranks import ShardJob
-from timing_ranks import TimingJob
+from timing_ranks import BYTES, TimingJob
 
 from ckptd.cli import channel
+from ckptd.format.timings import Op
 from ckptd_api.v1 import operator_pb2
+from ckptd_client.daemon import Daemon
+from ckptd_client.timing.black_box import BlackBox
 
 HANG_S = 25.0
 PACE_S = 0.5  # between batches of steps, so that they are judged one after the other
@@ -114,6 +118,37 @@ def test_a_rank_that_others_wait_for_is_named_and_those_that_wait_are_not(make_f
 
 
 @pytest.mark.slow
+def test_a_mismatch_is_told_of_ranks_that_were_killed_by_it_before_they_could_tell(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(2)
+    job = TimingJob(fleet.daemons, protect="off")
+    boxes = [black_box(daemon, job, rank) for rank, daemon in enumerate(fleet.daemons)]
+    job.run_steps(40)
+    for seq in range(1, 41):
+        for box in boxes:
+            box.write(0, Op.ALL_REDUCE, seq, BYTES)
+    boxes[0].write(0, Op.ALL_REDUCE, 41, BYTES)
+    boxes[1].write(0, Op.ALL_REDUCE, 41, BYTES // 2)
+    for rank in job.ranks:
+        rank.die(job)
+    wait_until(lambda: faults(fleet.daemons[0]), "a fault")
+    (fault,) = faults(fleet.daemons[0])
+    assert (fault["kind"], fault["ranks"], fault["nodes"]) == ("desync", [1], [])
+    assert fault["evidence"]["mismatches"][0]["seq"] == 41
+
+
+def black_box(daemon: DaemonProcess, job: TimingJob, rank: int) -> BlackBox:
+    """The memory that the daemon reads when ``rank`` is gone."""
+    client = Daemon(f"unix://{daemon.socket}")
+    client.open_session()
+    fd = client.black_box(job.run, job.incarnation, rank)
+    assert fd is not None
+    box = BlackBox()
+    box.move_to(fd)
+    os.close(fd)
+    client.close()
+    return box
+
+
 def test_when_the_coordinators_daemon_is_gone_the_next_judges_in_its_place(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(4)
     job = TimingJob(fleet.daemons, protect="off")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
+from ckptd.detect.records import Communicator
 from ckptd.errors import InvalidRequest
-from ckptd.format.timings import OPERATION, SAMPLE, SELF, STEP, Op, Rows, pack, unpack
+from ckptd.format.timings import BLACK_BOX_BYTES, OPERATION, SAMPLE, SELF, STEP, Op, Rows, pack, unpack
 from ckptd.serve.diagnosis import feeds
-from ckptd.serve.diagnosis.feeds import KEPT_STEPS, MOST_COMMUNICATORS, NodeFeed
+from ckptd.serve.diagnosis.feeds import KEPT_STEPS, MOST_COMMUNICATORS, MOST_SIGNATURES, NodeFeed
+from ckptd.serve.diagnosis.messages import rank_state
 from ckptd_api.v1 import coordinator_pb2, node_pb2, timings_pb2
+from ckptd_client.timing.black_box import BlackBox
 
 SECOND = 1_000_000_000
 
@@ -60,6 +65,41 @@ def test_a_rank_that_could_not_be_told_of_for_long_sends_its_newest_steps() -> N
         assert feed.take(report(first, 50, entry(0, "w")), 0.0)
     last = 5 * KEPT_STEPS // 50 * 50 + 49
     assert steps_of(told(feed)) == list(range(last - KEPT_STEPS + 1, last + 1))
+
+
+def test_of_a_rank_that_is_gone_what_it_entered_last_is_told_with_what_it_said_before() -> None:
+    feed = NodeFeed(2)
+    fd = feed.open_black_box(0)
+    box = BlackBox()
+    box.move_to(fd)
+    os.close(fd)
+    feed.take(report(0, 5, entry(3, "w"), row=3), 0.0)
+    for seq in range(1, 200):
+        box.write(3, Op.BROADCAST, seq, 10 * seq)
+    box.write(9, Op.BROADCAST, 1, 1)  # of a communicator that was never told
+    box.write(3, 77, 200, 2000)  # what no client of ours writes
+    assert not told(feed).ranks[0].heartbeat.signatures
+    request = coordinator_pb2.ReportRanksRequest()
+    request.ranks.add(rank=0, is_dead=True)
+    feed.fill(request, 0.0)
+    signatures = request.ranks[0].heartbeat.signatures
+    assert [s.seq for s in signatures] == list(range(201 - MOST_SIGNATURES, 201))
+    assert {(s.communicator, s.size_bytes - 10 * s.seq) for s in signatures} == {(0, 0)}
+    state = rank_state(request.ranks[0], "n", {0: Communicator("w", (0, 1))}, 0.0)
+    assert state.signatures["w", 199] == (Op.BROADCAST, 1990)
+    assert state.signatures["w", 200] == (Op.OTHER, 2000)
+
+
+def test_memory_full_of_nonsense_costs_nothing() -> None:
+    feed = NodeFeed(2)
+    fd = feed.open_black_box(0)
+    os.write(fd, np.random.default_rng(1).bytes(BLACK_BOX_BYTES))
+    os.close(fd)
+    feed.take(report(0, 5, entry(0, "w")), 0.0)
+    request = coordinator_pb2.ReportRanksRequest()
+    request.ranks.add(rank=0, is_dead=True)
+    feed.fill(request, 0.0)
+    assert len(request.ranks[0].heartbeat.signatures) <= MOST_SIGNATURES
 
 
 def test_there_is_news_of_ranks_once_each_was_heard_of_since_the_last_report() -> None:

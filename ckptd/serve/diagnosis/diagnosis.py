@@ -19,7 +19,7 @@ import structlog
 
 from ckptd.detect.health import Resource
 from ckptd.detect.judge import SETTLE_S
-from ckptd.errors import CkptdError, DaemonUnreachable, InstanceChanged
+from ckptd.errors import CkptdError, DaemonUnreachable, InstanceChanged, InvalidRequest
 from ckptd.health.monitor import Monitor, sources_of_node
 from ckptd.health.tcp import PeerTcpSource
 from ckptd.model import Incarnation
@@ -126,6 +126,12 @@ class Diagnosis:
         if feed.has_news_of(joined) and now_s - self._looked_s > self._pause_s() - _SAVED_S:
             self._wake.set()
         return is_known
+
+    def open_black_box(self, run: NodeRun, rank: int) -> int:
+        """A descriptor of memory for the last operations of ``rank``, which joined here; the caller closes it."""
+        if rank not in run.ranks:
+            raise InvalidRequest(f"rank {rank} of run {run.run} has not joined here")
+        return self._feed(run).open_black_box(rank)
 
     def take_ranks(self, request: pb.ReportRanksRequest) -> pb.ReportRanksResponse:
         """A node's report to the analyst here."""

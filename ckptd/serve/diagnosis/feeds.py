@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,11 +20,13 @@ from ckptd.detect.records import Communicator
 from ckptd.detect.reduce import Reducer
 from ckptd.errors import InvalidRequest
 from ckptd.format.timings import OPERATION, SAMPLE, SELF, STEP, Rows, pack, unpack
+from ckptd.serve.diagnosis.black_box import BlackBox
 from ckptd_api.v1 import coordinator_pb2, node_pb2, timings_pb2
 
 KEPT_STEPS: Final = 192
 MOST_ROWS: Final = 65536
 MOST_SAMPLES: Final = 8192
+MOST_SIGNATURES: Final = 64  # of one communicator of a rank that is gone
 MOST_COMMUNICATORS: Final = 4096
 MOST_OF_NODE: Final = 4 * MOST_COMMUNICATORS
 _MOST_MEMBERS: Final = 1 << 20
@@ -47,6 +49,7 @@ class RankFeed:
     heard_s: float = 0.0
     is_heard: bool = False  # since the last report
     told_positions: frozenset[str] = frozenset()
+    black_box: BlackBox | None = None
 
 
 class NodeTable:
@@ -171,6 +174,14 @@ class NodeFeed:
         renumbered["communicator"] = own[samples["communicator"]]
         return renumbered
 
+    def open_black_box(self, rank: int) -> int:
+        """A descriptor of memory for the last operations of ``rank``; the caller closes it. OSError without memory."""
+        box = BlackBox()
+        with self._lock:
+            feed = self._ranks.setdefault(rank, RankFeed())
+            feed.black_box = box
+        return box.descriptor()
+
     # --- to the analyst ------------------------------------------------------------------------------------------
     def has_news_of(self, ranks: Iterable[int]) -> bool:
         """Every one of ``ranks`` was heard of since the last report."""
@@ -191,6 +202,8 @@ class NodeFeed:
                 feed = self._ranks.get(item.rank)
                 if feed is None or feed.heartbeat is None:
                     continue
+                if (item.is_dead or item.error) and feed.black_box is not None:
+                    self._open_up(feed, feed.black_box, feed.heartbeat)
                 item.heartbeat.CopyFrom(self._translated(feed, feed.heartbeat))
                 item.coverage.CopyFrom(feed.coverage or timings_pb2.Coverage())
                 item.silent_seconds = max(0.0, now_s - feed.heard_s)
@@ -201,6 +214,20 @@ class NodeFeed:
                 feed.unsent, feed.is_heard = 0, False
                 feed.samples = feed.samples[:0]
             self._is_mesh_told = self._mesh is not None
+
+    @staticmethod
+    def _open_up(feed: RankFeed, box: BlackBox, heartbeat: timings_pb2.Heartbeat) -> None:
+        """Add to the last heartbeat of a rank that is gone what it has entered since."""
+        feed.black_box = None
+        last: dict[int, deque[Any]] = {}
+        for row in box.read():
+            if int(row["communicator"]) in feed.table:
+                last.setdefault(int(row["communicator"]), deque(maxlen=MOST_SIGNATURES)).append(row)
+        known = {(s.communicator, s.seq) for s in heartbeat.signatures}
+        for number, rows in last.items():
+            for _, _, op, seq, size_bytes in rows:
+                if (number, seq) not in known:
+                    heartbeat.signatures.add(communicator=number, seq=seq, op=op, size_bytes=size_bytes)
 
     @staticmethod
     def _news_of_positions(feed: RankFeed) -> tuple[str, ...]:

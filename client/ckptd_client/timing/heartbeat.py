@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
 from ckptd.errors import CkptdError, InvalidRequest
+from ckptd.model import Incarnation
+from ckptd_api.convert import incarnation_from_pb
 from ckptd_api.v1 import node_pb2, timings_pb2, types_pb2
 from ckptd_client.timing.collection import Collection
 from ckptd_client.timing.communicators import Communicator
@@ -37,9 +39,11 @@ log = logging.getLogger("ckptd_client")
 
 
 class Caller(Protocol):
-    """Calls a method of the daemon; CkptdError when it is not answered in time."""
+    """Calls the daemon; CkptdError when it does not answer in time. ``black_box``: a descriptor, which the caller
+    closes; None where memory cannot be shared."""
 
     def call(self, method: str, request: node_pb2.ReportTimingsRequest, timeout_s: float) -> object: ...
+    def black_box(self, run: str, incarnation: Incarnation, rank: int) -> int | None: ...
 
 
 class Connection(Protocol):
@@ -125,11 +129,26 @@ class Heartbeat:
             return
         if link.instance != self._instance:
             self._instance, self._told = link.instance, 0
+            self._share_black_box()
         until = time.monotonic() + timeout_s
         for _ in range(MOST_MESSAGES):
             is_done = self._send(max(0.05, until - time.monotonic()), is_last)
             if is_done or time.monotonic() > until:
                 return
+
+    def _share_black_box(self) -> None:
+        """Without it all goes on: then less is known of a process that is aborted."""
+        link = self._link
+        try:
+            fd = link.daemon.black_box(link.run, incarnation_from_pb(link.incarnation), link.rank)
+            if fd is None:
+                return
+            try:
+                self._collection.recorder.black_box.move_to(fd)
+            finally:
+                os.close(fd)
+        except (CkptdError, OSError, ValueError) as error:
+            log.debug("no memory for the last operations: %s", error)
 
     def _send(self, timeout_s: float, is_leaving: bool) -> bool:
         """Send one message; whether nothing is left."""

@@ -2,7 +2,7 @@
 
 Layer: inside ``ckptd_client.timing``. Every tap gives its operations to one ``Recorder``, and the heartbeat reads it.
 Invariants: an operation holds numbers only, no tensor and no work; it ends once; what is pending is bounded. Written
-for the path of every collective: no lock is taken but the ring's, single reads and writes of attributes, dictionaries
+for the path of every collective: no lock is taken but the ring's; single reads and writes of attributes, dictionaries
 and deques are whole under the GIL.
 """
 
@@ -13,6 +13,7 @@ from time import monotonic_ns
 from typing import Any, Final
 
 from ckptd.format.timings import OPERATION, Op
+from ckptd_client.timing.black_box import BlackBox
 from ckptd_client.timing.communicators import Communicator, Communicators
 from ckptd_client.timing.ring import Ring
 
@@ -58,6 +59,7 @@ class Recorder:
     def __init__(self, rows: int = ROWS) -> None:
         self.communicators = Communicators()
         self.ring = Ring(OPERATION, rows)
+        self.black_box = BlackBox()
         self.pending: dict[Operation, None] = {}
         self.entered = 0
         self.ended = 0
@@ -86,6 +88,7 @@ class Recorder:
             operation.is_pair = False
             operation.seq = communicator.enqueued = communicator.enqueued + 1
             communicator.recent.append(operation)
+            self.black_box.write(communicator.row, op, operation.seq, size_bytes)
         self.entered += 1
         self.pending[operation] = None
         if len(self.pending) > MOST_PENDING:

@@ -16,14 +16,20 @@ import numpy as np
 _CODES: Final = {("u", 1): "B", ("u", 4): "I", ("u", 8): "Q", ("i", 4): "i", ("i", 8): "q"}
 
 
+def layout_of(dtype: np.dtype[Any]) -> struct.Struct:
+    """What packs a row of ``dtype``, which is packed, little-endian, and flat."""
+    assert dtype.fields is not None
+    kinds = [field[0] for field in dtype.fields.values()]
+    layout = struct.Struct("<" + "".join(_CODES[kind.kind, kind.itemsize] for kind in kinds))
+    assert layout.size == dtype.itemsize
+    return layout
+
+
 class Ring:
-    """``rows`` rows of ``dtype``, which is packed, little-endian, and flat."""
+    """``rows`` rows of ``dtype``."""
 
     def __init__(self, dtype: np.dtype[Any], rows: int) -> None:
-        assert dtype.fields is not None
-        kinds = [field[0] for field in dtype.fields.values()]
-        layout = struct.Struct("<" + "".join(_CODES[kind.kind, kind.itemsize] for kind in kinds))
-        assert layout.size == dtype.itemsize
+        layout = layout_of(dtype)
         self._pack = layout.pack_into
         self.row_bytes = layout.size
         self._rows = rows
