@@ -42,6 +42,7 @@ FITTING = {
 STOPS = {"stop", "gil", "kill", "skip", "size"}
 WARM_UP_STEPS = 3
 POLL_S = 0.1
+LOG_SHOWN = 4000
 
 
 @dataclass
@@ -103,10 +104,11 @@ class Ranks:
 class Watch:
     """``ckptd faults --watch``; ``faults`` is what it said last, resolved ones too."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, folder: Path) -> None:
         self.faults: list[dict[str, Any]] = []
         command = [Path(sys.executable).with_name("ckptd"), "faults", "--watch", "--json", "--socket", address]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        with (folder / "watch.log").open("w") as log:
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -122,10 +124,11 @@ class Watch:
 
 
 def run_case(nursery: Nursery, plan: Plan, world_size: int, patience_s: float) -> Result:
-    """One job with one fault, until all that were hit are named or ``patience_s`` after the injection is over."""
+    """One job with one fault, until all that were hit are named or ``patience_s`` after the injection is over. When
+    that is not right, logs and journals are shown."""
     result = Result(plan, world_size)
     with daemon("512MiB") as (address, _, scratch), tempfile.TemporaryDirectory(prefix="ckptd-live-") as folder:
-        watch = Watch(address)
+        watch = Watch(address, Path(folder))
         ranks = Ranks(nursery, plan, world_size, address, Path(folder))
         try:
             _follow(result, ranks, watch, patience_s)
@@ -135,12 +138,9 @@ def run_case(nursery: Nursery, plan: Plan, world_size: int, patience_s: float) -
         finally:
             ranks.kill()
             watch.close()
-        if not result.is_right and os.environ.get("CKPTD_BENCH_KEEP"):
-            kept = Path(os.environ["CKPTD_BENCH_KEEP"]) / Path(folder).name
-            kept.mkdir(parents=True)
-            for path in [*Path(folder).iterdir(), *scratch.glob("*.log")]:
-                (kept / path.name).write_bytes(path.read_bytes())
-            (kept / "result.json").write_text(json.dumps(asdict(result), indent=1))
+        if not result.is_right:
+            for path in sorted([*Path(folder).iterdir(), *scratch.glob("*.log")]):
+                sys.stderr.write(f"--- {path.name}\n{path.read_text()[-LOG_SHOWN:]}\n")
     return result
 
 

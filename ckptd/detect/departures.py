@@ -16,8 +16,10 @@ from ckptd.detect.records import Confidence, Fault, Kind, RankState
 
 # Two processes of one node killed together are found out this far apart; launchers look less often than that.
 TOGETHER_S: Final = 0.02
-# A rank that went so long after the first that its communication failed for went because of something else.
+# A rank that went so long after the first that its communication failed for went because of that or of something else.
 FOLLOWS_S: Final = 0.1
+# Unless the system ended it: peers see its connections close before its process is gone, long before on a busy host.
+KILLED_FOLLOWS_S: Final = 0.5
 _MOST_NAMED: Final = 64
 _TOLD_TO_END: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 # Of the process itself: an assertion, or the watchdog of a backend that gave up waiting for others.
@@ -37,12 +39,18 @@ def judge_departures(states: Sequence[RankState], step: int = -1) -> list[Fault]
     """
     gone = [(state.gone_s, state) for state in states if state.gone_s is not None]
     victims_s = [gone_s for gone_s, state in gone if _is_victim(state)]
-    until_s = min(victims_s, default=float("inf")) + FOLLOWS_S
-    own = [(gone_s, state) for gone_s, state in gone if not _is_victim(state) and gone_s <= until_s]
+    victim_s = min(victims_s, default=float("inf"))
+    own = [
+        (gone_s, state)
+        for gone_s, state in gone
+        if not _is_victim(state) and gone_s <= victim_s + (KILLED_FOLLOWS_S if _was_killed(state) else FOLLOWS_S)
+    ]
     if not own:
         return []
     first_s = min(gone_s for gone_s, _ in own)
-    roots = [state for gone_s, state in own if gone_s - first_s <= TOGETHER_S]
+    together = [state for gone_s, state in own if gone_s - first_s <= TOGETHER_S]
+    # Who was killed did not go because of another; who aborted may have.
+    roots = [state for state in together if _was_killed(state)] or together
     if len(roots) == len(states) > 2:
         return []
     nodes = sorted({state.node for state in roots})
@@ -54,8 +62,16 @@ def _is_victim(state: RankState) -> bool:
     return state.signal in _TOLD_TO_END or (bool(state.error) and bool(_COMMUNICATION.search(state.error)))
 
 
-def _may_be_the_program(state: RankState) -> bool:
-    return not state.signal or state.signal in _OWN_SIGNALS
+def _was_killed(state: RankState) -> bool:
+    """By the system, with a signal that neither asks it to end nor is its own."""
+    return bool(state.signal) and state.signal not in _TOLD_TO_END | _OWN_SIGNALS
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of real time, which have no names
+        return f"signal {number}"
 
 
 def _death(roots: Sequence[RankState], states: Sequence[RankState], step: int) -> Fault:
@@ -66,14 +82,14 @@ def _death(roots: Sequence[RankState], states: Sequence[RankState], step: int) -
     errors = {str(state.rank): state.error for state in roots if state.error}
     followers = sorted(state.rank for state in states if state.gone_s is not None and state.rank not in ranks)
     named = ", ".join(map(str, ranks[:_MOST_NAMED]))
-    signals = {str(state.rank): signal.Signals(state.signal).name for state in roots if state.signal}
+    signals = {str(state.rank): _name(state.signal) for state in roots if state.signal}
     how = "ended with an exception" if errors else "died without a goodbye"
     where = f" of node {node}" if node else ""
     return Fault(
         Kind.DEATH,
         ranks,
         (node,) if is_whole else (),
-        Confidence.CONFIRMED if any(map(_may_be_the_program, roots)) else Confidence.VERIFIED,
+        Confidence.VERIFIED if all(map(_was_killed, roots)) else Confidence.CONFIRMED,
         step,
         {
             "summary": f"rank {named}{where} {how}",

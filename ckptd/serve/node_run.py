@@ -133,7 +133,7 @@ class NodeRun:
             self.changed.notify_all()
 
     def _alive(self) -> int:
-        return sum(rank.state == "joined" for rank in self.ranks.values())
+        return sum(rank.state == "joined" for rank in list(self.ranks.values()))
 
     @property
     def has_members(self) -> bool:

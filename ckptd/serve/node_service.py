@@ -133,7 +133,10 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         run = self._run(request)
-        run.leave(request.rank, "left", request.error[:_MOST_ERROR])
+        error = request.error[:_MOST_ERROR]
+        if error:
+            log.warning("rank failed", run=run.run, rank=request.rank, error=error)
+        run.leave(request.rank, "left", error)
         self._node.diagnosis.wake()
         self._node.settle(run)
         return pb.LeaveResponse()

@@ -84,7 +84,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     def _run_status(self, run: NodeRun) -> pb.RunStatus:
         record = self._node.records[run.run]
         parent = record.incarnations[run.incarnation].parent
-        alive = any(rank.state == "joined" for rank in run.ranks.values())
+        alive = run.has_members
         ended = record.incarnations[run.incarnation].is_ended
         state = "draining" if run.is_draining and not alive else "ended" if ended else "active" if alive else "idle"
         return pb.RunStatus(

@@ -77,6 +77,20 @@ def test_a_rank_that_the_launcher_killed_after_anothers_communication_failed_is_
     assert judge_departures(job(4, {2: 10.0, 0: 11.0, 1: 11.0}, {2: "RuntimeError: NCCL error: unhandled"})) == []
 
 
+def test_a_rank_whose_end_is_noticed_after_that_of_its_victims_is_named_when_the_system_killed_it() -> None:
+    gone = {1: 10.3, 0: 10.0, 2: 10.01}
+    (fault,) = judge_departures(job(3, gone, {0: GLOO, 2: GLOO}, signals={1: signal.SIGKILL}))
+    assert (fault.ranks, fault.confidence) == ((1,), Confidence.VERIFIED)
+    assert judge_departures(job(3, gone, {0: GLOO, 2: GLOO}, signals={1: signal.SIGABRT})) == []
+
+
+def test_ranks_that_abort_as_soon_as_one_is_killed_are_not_named() -> None:
+    signals = {0: signal.SIGABRT, 1: signal.SIGKILL, 2: signal.SIGABRT}
+    (fault,) = judge_departures(job(3, {0: 10.0, 1: 10.001, 2: 10.002}, signals=signals))
+    assert (fault.ranks, fault.confidence) == ((1,), Confidence.VERIFIED)
+    assert fault.evidence["ranks_that_followed"] == [0, 2]
+
+
 def test_how_sure_a_death_is_depends_on_what_is_known_of_it() -> None:
     (known,) = judge_departures(job(4, {1: 10.0}, signals={1: signal.SIGSEGV}))
     (unknown,) = judge_departures(job(4, {1: 10.0}))
@@ -88,6 +102,11 @@ def test_how_sure_a_death_is_depends_on_what_is_known_of_it() -> None:
 def test_a_rank_that_aborted_itself_is_not_verified_as_its_nodes_fault() -> None:
     (fault,) = judge_departures(job(4, {1: 10.0}, signals={1: signal.SIGABRT}))
     assert (fault.ranks, fault.confidence) == ((1,), Confidence.CONFIRMED)
+
+
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    (fault,) = judge_departures(job(4, {1: 10.0}, signals={1: 40}))
+    assert (fault.confidence, fault.evidence["signals"]) == (Confidence.VERIFIED, {"1": "signal 40"})
 
 
 def test_of_two_ranks_that_die_at_once_both_are_named() -> None:
