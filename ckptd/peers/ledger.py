@@ -68,9 +68,7 @@ class Ledger:
         """``rank``'s shard of ``step`` is sealed."""
         self._pass_over(rank, step)
         if self._is_settled(step):
-            if is_persisted and step == self._learned:
-                self._learned = None
-                self._make_durable(step)
+            self._resume_drain(step, is_persisted)
             return
         entry = self._open_step(rank, step, now_s, roster_version)
         if entry is None:
@@ -88,9 +86,11 @@ class Ledger:
         if durable is not None and (self.durable is None or durable > self.durable):
             self.durable = durable
         if staged is not None and (self.staged is None or staged > self.staged):
+            before = self._open.get(staged)
             self._open = {step: entry for step, entry in self._open.items() if step > staged}
             self.dead.pop(staged, None)
             self.staged, self._learned, self._drain_due = staged, staged, None
+            self._resume_drain(staged, before is not None and before.is_persisted)
 
     def died(self, step: int, outcome: Outcome) -> None:
         """Some rank cannot take ``step``, or has freed it."""
@@ -172,6 +172,11 @@ class Ledger:
             self._give_up(self._drain_due, step)
         self.staged, self._drain_due = step, None
         if entry.is_persisted:
+            self._make_durable(step)
+
+    def _resume_drain(self, step: int, is_persisted: bool) -> None:
+        if is_persisted and step == self._learned:
+            self._learned = None
             self._make_durable(step)
 
     def _make_durable(self, step: int) -> None:

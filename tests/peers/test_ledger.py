@@ -168,6 +168,16 @@ def test_a_drain_that_a_restart_interrupted_goes_on_once() -> None:
     assert book.draining is None
 
 
+def test_a_drain_goes_on_whether_its_seals_or_that_it_was_staged_are_told_first() -> None:
+    book = ledger(has_tier=True)
+    book.sealed(0, 3, True, 0.0)
+    book.known(staged=3, durable=1)
+    assert (book.staged, book.draining) == (3, 3)
+    book.drained(3)
+    book.sealed(1, 3, True, 0.0)
+    assert (book.durable, book.draining) == (3, None)
+
+
 def test_what_is_durable_already_is_not_drained_again_after_a_restart() -> None:
     book = ledger(has_tier=True)
     book.known(staged=3, durable=3)
