@@ -76,6 +76,22 @@ def test_a_fault_is_told_at_once() -> None:
     assert [list(row.ranks) for row in told(here, 0.1).faults] == [[3]]
 
 
+def test_what_stands_still_is_told_also_when_what_is_slow_cannot_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = analyst()
+    here._has_news = True
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(here._judge, "weigh", fail)
+    monkeypatch.setattr(here._judge, "look", lambda *args: True)
+    changes = []
+    here._on_change = changes.append
+    with pytest.raises(ZeroDivisionError):
+        here.tick(0.0)
+    assert changes == [here]
+
+
 def test_who_was_heard_of_is_told_within_a_second() -> None:
     here = analyst()
     assert told(here, 0.0).coverage.ranks_heard == 0

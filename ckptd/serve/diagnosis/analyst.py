@@ -156,11 +156,15 @@ class Analyst:
             self._reported.clear()
             states = self._states(now_s)
             has_changed = self._judge.look(states, self._communicators, now_s)
+        if has_changed:  # at once, whatever becomes of the rest
+            self._change()
+        with self._lock:
             peers = self._peers.newest()
-            if self._has_news or peers is not None:
-                self._has_news = False
-                health = {node: view.health for node, view in self._nodes.items()}
-                has_changed |= self._judge.weigh(states, self._communicators, now_s, health, peers)
+            if not self._has_news and peers is None:
+                return
+            self._has_news = False
+            health = {node: view.health for node, view in self._nodes.items()}
+            has_changed = self._judge.weigh(states, self._communicators, now_s, health, peers)
         if has_changed:
             self._change()
 

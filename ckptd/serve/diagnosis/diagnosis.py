@@ -12,8 +12,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final, ParamSpec
 
 import structlog
 
@@ -56,6 +56,7 @@ _AFTER_S: Final = 60.0
 _AFTER_DEATH_S: Final = 3600.0
 _NODES_PER_SECOND: Final = 2000
 Key = tuple[str, Incarnation]
+P = ParamSpec("P")
 log = structlog.get_logger()
 
 
@@ -229,11 +230,21 @@ class Diagnosis:
                 time.sleep(_GATHER_S)
             self._wake.clear()
             self._looked_s = time.monotonic()
-            for step in (self._report_all, self._judge_all, self._forget):
-                try:
-                    step()
-                except Exception:  # a thread's boundary: the next beat tries again
-                    log.exception("diagnosis failed")
+            for run in self._runs():
+                self._guard(self._report, run)
+            with self._lock:
+                analysts = list(self._analysts.values())
+            for analyst in analysts:
+                self._guard(self._judge, analyst)
+            self._guard(self._health_gauges.show, self._monitor.snapshot(), time.monotonic())
+            self._guard(self._forget)
+
+    def _guard(self, action: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """A thread's boundary: one run that fails costs no other, and the next beat tries again."""
+        try:
+            action(*args, **kwargs)
+        except Exception:
+            log.exception("diagnosis failed")
 
     def _pause_s(self) -> float:
         """The more nodes an analyst has to hear, the longer the pauses."""
@@ -250,10 +261,6 @@ class Diagnosis:
             if any(now_s < _told_until_s(member) for member in list(run.ranks.values()))
         ]
 
-    def _report_all(self) -> None:
-        for run in self._runs():
-            self._report(run, self._feed(run))
-
     def _feed(self, run: NodeRun) -> NodeFeed:
         key = (run.run, run.incarnation)
         with self._lock:
@@ -261,9 +268,9 @@ class Diagnosis:
                 self._feeds[key] = NodeFeed(run.roster.world_size)
             return self._feeds[key]
 
-    def _report(self, run: NodeRun, feed: NodeFeed) -> None:
+    def _report(self, run: NodeRun) -> None:
         """To the first of the roster that answers."""
-        now_s = time.monotonic()
+        now_s, feed = time.monotonic(), self._feed(run)
         nodes = run.roster.nodes.values()
         entries = [e for e in nodes if self._passed_over_s.get((run.run, e.node_id), 0.0) <= now_s]
         for entry in entries[:_MOST_TRIED]:
@@ -311,18 +318,14 @@ class Diagnosis:
         answer: pb.ReportRanksResponse = peer.call(peer.coordinator.ReportRanks, request, _CALL_S)
         return answer
 
-    def _judge_all(self) -> None:
+    def _judge(self, analyst: Analyst) -> None:
         now_s = time.monotonic()
-        self._health_gauges.show(self._monitor.snapshot(), now_s)
-        with self._lock:
-            analysts = list(self._analysts.values())
-        for analyst in analysts:
-            if self._is_judging(analyst, now_s):
-                analyst.tick(now_s)
-                self._react(analyst)
-                self._gauges.show(analyst)
-            else:
-                self._gauges.hide(analyst)
+        if self._is_judging(analyst, now_s):
+            analyst.tick(now_s)
+            self._react(analyst)
+            self._gauges.show(analyst)
+        else:
+            self._gauges.hide(analyst)
 
     def _react(self, analyst: Analyst) -> None:
         """Only the coordinator can have snapshots taken and drained."""
