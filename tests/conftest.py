@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from harness import DaemonProcess, Nursery, Stage
 
+# Where it is set, what is not flushed into a pipe looks as if it were: users have it seldom.
+os.environ.pop("PYTHONUNBUFFERED", None)
 _REPORT: pytest.StashKey[pytest.TestReport] = pytest.StashKey()
 
 

@@ -76,6 +76,7 @@ def faults(
             for answer in daemon.stream(daemon.stub.WatchFaults, operator_pb2.WatchFaultsRequest(run=run)):
                 if answer != seen:
                     _show(answer.faults, answer.coverage, as_json=as_json, is_stream=True)
+                    output.flush()
                 seen = answer
             return EXIT_OK
         request = operator_pb2.ListFaultsRequest(run=run, has_resolved=has_resolved)

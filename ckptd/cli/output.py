@@ -27,6 +27,11 @@ def line(text: str = "") -> None:
     sys.stdout.write(text + "\n")
 
 
+def flush() -> None:
+    """Let whoever reads a pipe see what was written: of a stream, the next line may be long in coming."""
+    sys.stdout.flush()
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Rows under column names; numbers to the right. None shows as ``-``."""
     cells = [["-" if cell is None or cell == "" else str(cell) for cell in row] for row in rows]

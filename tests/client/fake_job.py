@@ -9,7 +9,7 @@ from typing import Any
 from processes import wait_until
 
 from ckptd.errors import CkptdError, DaemonUnreachable
-from ckptd.model import Roster
+from ckptd.model import Incarnation, Roster
 from ckptd_api.convert import roster_from_pb
 from ckptd_api.v1 import node_pb2, types_pb2
 from ckptd_client.board import Board, LocalBoard
@@ -94,6 +94,9 @@ class FakeDaemon:
                     raise DaemonUnreachable("the daemon restarted")
                 said = self.marks
             yield node_pb2.WatchResponse(instance=instance, watermarks=said)
+
+    def black_box(self, run: str, incarnation: Incarnation, rank: int) -> None:
+        self._check()
 
     def close(self) -> None: ...
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from fleet import MakeFleet
 from harness import DaemonProcess, wait_until
-from processes import run_cli
+from processes import CKPTD, clean_environment, run_cli
 from shard_ranks import ShardJob
 from timing_ranks import BYTES, TimingJob
 
@@ -117,7 +119,6 @@ def test_a_rank_that_others_wait_for_is_named_and_those_that_wait_are_not(make_f
     assert (fault["kind"], fault["ranks"], fault["confidence"]) == ("hang", [2], "suspect")
 
 
-@pytest.mark.slow
 def test_a_mismatch_is_told_of_ranks_that_were_killed_by_it_before_they_could_tell(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(2)
     job = TimingJob(fleet.daemons, protect="off")
@@ -149,6 +150,27 @@ def black_box(daemon: DaemonProcess, job: TimingJob, rank: int) -> BlackBox:
     return box
 
 
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_who_watches_through_a_pipe_is_told_each_change_at_once(make_fleet: MakeFleet, flags: tuple[str, ...]) -> None:
+    fleet = make_fleet(2)
+    job = TimingJob(fleet.daemons, protect="off")
+    job.run_steps(20)
+    command = [CKPTD, "faults", "--watch", *flags, "--socket", fleet.daemons[1].socket]
+    said: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean_environment()) as watch:
+        assert watch.stdout is not None
+        reader = threading.Thread(target=lambda lines: said.extend(lines), args=(watch.stdout,))
+        reader.start()
+        try:
+            wait_until(lambda: said, "the first answer")
+            job.ranks[1].die(job)
+            wait_until(lambda: any("death" in line for line in said), "the death")
+        finally:
+            watch.kill()
+            reader.join()
+
+
+@pytest.mark.slow
 def test_when_the_coordinators_daemon_is_gone_the_next_judges_in_its_place(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(4)
     job = TimingJob(fleet.daemons, protect="off")
