@@ -16,10 +16,8 @@ from ckptd.detect.records import Confidence, Fault, Kind, RankState
 
 # Two processes of one node killed together are found out this far apart; launchers look less often than that.
 TOGETHER_S: Final = 0.02
-# A rank that went so long after the first that its communication failed for went because of that or of something else.
+# A rank that went so long after the first that its communication failed for went because of something else.
 FOLLOWS_S: Final = 0.1
-# Unless the system ended it: peers see its connections close before its process is gone, long before on a busy host.
-KILLED_FOLLOWS_S: Final = 0.5
 _MOST_NAMED: Final = 64
 _TOLD_TO_END: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 # Of the process itself: an assertion, or the watchdog of a backend that gave up waiting for others.
@@ -39,22 +37,25 @@ def judge_departures(states: Sequence[RankState], step: int = -1) -> list[Fault]
     """
     gone = [(state.gone_s, state) for state in states if state.gone_s is not None]
     victims_s = [gone_s for gone_s, state in gone if _is_victim(state)]
-    victim_s = min(victims_s, default=float("inf"))
-    own = [
-        (gone_s, state)
-        for gone_s, state in gone
-        if not _is_victim(state) and gone_s <= victim_s + (KILLED_FOLLOWS_S if _was_killed(state) else FOLLOWS_S)
-    ]
+    until_s = min(victims_s, default=float("inf")) + FOLLOWS_S
+    own = [(gone_s, state) for gone_s, state in gone if not _is_victim(state) and gone_s <= until_s]
     if not own:
         return []
     first_s = min(gone_s for gone_s, _ in own)
-    together = [state for gone_s, state in own if gone_s - first_s <= TOGETHER_S]
-    # Who was killed did not go because of another; who aborted may have.
-    roots = [state for state in together if _was_killed(state)] or together
+    roots = [state for gone_s, state in own if gone_s - first_s <= TOGETHER_S]
+    if any(map(_was_killed, roots)):  # who aborted beside it may have done so because of it
+        roots = [state for state in roots if state.signal not in _OWN_SIGNALS]
     if len(roots) == len(states) > 2:
         return []
     nodes = sorted({state.node for state in roots})
     return [_death([state for state in roots if state.node == node], states, step) for node in nodes]
+
+
+def was_ended_first(states: Sequence[RankState]) -> bool:
+    """The first to go was ended by a signal other than its own: nothing that the program did is why."""
+    gone = [(state.gone_s, state.rank, state) for state in states if state.gone_s is not None]
+    first = min(gone)[2] if gone else None
+    return first is not None and first.signal not in {0, *_OWN_SIGNALS}
 
 
 def _is_victim(state: RankState) -> bool:

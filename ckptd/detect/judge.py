@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptd.detect.actions import nodes_of
 from ckptd.detect.compute_verdicts import with_places
-from ckptd.detect.departures import judge_departures
+from ckptd.detect.departures import judge_departures, was_ended_first
 from ckptd.detect.faultlog import FAMILIES, Family, FaultLog
 from ckptd.detect.hang import StallAlarm, judge_hang
 from ckptd.detect.hang_desync import judge_desync
@@ -180,8 +180,11 @@ class Judge:
             self.is_unsettled = not self.is_stopped and now_s - min(departures) < SETTLE_S
             if self.is_stopped or self.is_unsettled:
                 return False  # who goes after a stop goes because of it
-            # A mismatch kills whom it hits, and that is an innocent rank: gloo ends the one that gets too much.
-            found = judge_desync(states, communicators, has_failed=True) or judge_departures(states, step)
+            # A mismatch kills whom it hits, and that is an innocent rank: gloo ends the one that gets too much. But of
+            # what survivors of a killed rank enter on their way out nothing follows.
+            if not was_ended_first(states):
+                found = judge_desync(states, communicators, has_failed=True)
+            found = found or judge_departures(states, step)
         if not found and still:
             found = judge_hang(still, communicators, slow_links=self._slow_links)
         return self.log.update(Family.STOP, found, now_s)

@@ -6,8 +6,8 @@ The rules (each was found necessary by simulation; ``check`` states what they ke
 * A rank that reports step t has thereby reported as dead every earlier step it did not seal. Without this, ranks that
   skip by local decisions end up on different steps, and after a few snapshots none ever completes again.
 * A step that was begun and is not staged by a deadline is dead. A step that any rank has freed is dead.
-* What was staged stays so, also when the coordinator restarts and knows it only because a node was told before: slots
-  that are free must not count as not yet staged, and the newest snapshot must not die of a node that is silent.
+* What was staged stays so when the coordinator restarts: a node that was told says it, until every rank's seal is told
+  again. Slots that are free must not count as not yet staged meanwhile, nor the newest snapshot die of a silent node.
 * One step is drained at a time; a step that was due to become durable and is no longer the newest staged when the drain
   is free is passed over.
 """
@@ -51,10 +51,10 @@ class Ledger:
     not_durable: dict[int, Outcome] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
     has_tier: bool = False
+    _told: int | None = None  # staged, as a node was told by the coordinator before a restart
     _open: dict[int, _Step] = field(default_factory=dict)
     _reported: dict[int, int] = field(default_factory=dict)
     _drain_due: int | None = None
-    _learned: int | None = None  # staged before this ledger was made; whether it is to be drained comes with its seals
     _forgotten: int = -1  # the newest dead step whose outcome is no longer remembered: up to it all is settled
 
     # --- events --------------------------------------------------------------------------------------------------
@@ -68,7 +68,6 @@ class Ledger:
         """``rank``'s shard of ``step`` is sealed."""
         self._pass_over(rank, step)
         if self._is_settled(step):
-            self._resume_drain(step, is_persisted)
             return
         entry = self._open_step(rank, step, now_s, roster_version)
         if entry is None:
@@ -82,21 +81,19 @@ class Ledger:
             self._stage(step, entry)
 
     def known(self, staged: int | None, durable: int | None) -> None:
-        """What a node was told before: nothing new, unless this ledger is younger than that."""
+        """What a node was told before: nothing new, unless this ledger is younger than that. Drains go by seals."""
         if durable is not None and (self.durable is None or durable > self.durable):
             self.durable = durable
-        if staged is not None and (self.staged is None or staged > self.staged):
-            before = self._open.get(staged)
-            self._open = {step: entry for step, entry in self._open.items() if step > staged}
-            self.dead.pop(staged, None)
-            self.staged, self._learned, self._drain_due = staged, staged, None
-            self._resume_drain(staged, before is not None and before.is_persisted)
+        if staged is not None and staged not in self.dead:
+            self._told = max(staged, self._told if self._told is not None else staged)
 
     def died(self, step: int, outcome: Outcome) -> None:
         """Some rank cannot take ``step``, or has freed it."""
         if self._is_settled(step):
             return
         self._open.pop(step, None)
+        if self._told is not None and step <= self._told:
+            return  # it did not die then
         self.dead[step] = outcome
         if len(self.dead) > _REMEMBERED:
             self._forgotten = max(self._forgotten, min(self.dead))
@@ -132,13 +129,18 @@ class Ledger:
 
     # --- questions -----------------------------------------------------------------------------------------------
     @property
+    def newest_staged(self) -> int | None:
+        """Also when not every rank's seal was told to this ledger."""
+        return max((step for step in (self.staged, self._told) if step is not None), default=None)
+
+    @property
     def is_idle(self) -> bool:
         """Every rank has left and nothing is being drained or waits to be."""
         return len(self.left) == self.world_size and self.draining is None
 
     def check(self) -> None:
         """AssertionError when the ledger contradicts itself; tests run it after every event."""
-        assert self.staged is None or self.staged not in self.dead, "a step is staged and dead"
+        assert self.newest_staged is None or self.newest_staged not in self.dead, "a step is staged and dead"
         assert not self._open.keys() & self.dead.keys(), "a dead step is open"
         assert all(step > self._forgotten for step in self._open), "a step that died long ago is open"
         assert self.draining is None or (self.staged is not None and self.draining <= self.staged)
@@ -172,11 +174,6 @@ class Ledger:
             self._give_up(self._drain_due, step)
         self.staged, self._drain_due = step, None
         if entry.is_persisted:
-            self._make_durable(step)
-
-    def _resume_drain(self, step: int, is_persisted: bool) -> None:
-        if is_persisted and step == self._learned:
-            self._learned = None
             self._make_durable(step)
 
     def _make_durable(self, step: int) -> None:

@@ -209,9 +209,10 @@ class Coordinator:
             schedule=[schedule_entry_to_pb(entry) for entry in self._pace.schedule.entries],
             roster_version=self.roster.version,
         )
-        for name in ("staged", "durable", "draining"):
-            if (value := getattr(ledger, name)) is not None:
-                setattr(marks, name, value)
+        levels = {"staged": ledger.newest_staged, "durable": ledger.durable, "draining": ledger.draining}
+        for name, step in levels.items():
+            if step is not None:
+                setattr(marks, name, step)
         self._mark_protection(marks)
         for rank, node in sorted(self._adoptions.items()):
             marks.adoptions.append(types_pb2.Adoption(rank=rank, node_id=node))

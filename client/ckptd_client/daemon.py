@@ -103,19 +103,23 @@ class Daemon:
 
     def slot_descriptor(self, slot: str, *, is_writable: bool) -> tuple[int, int]:
         """(descriptor, bytes) of a slot; the caller closes it."""
-        with self._lock:
-            reply, fds = self._ask({"op": "slot", "token": self._token, "slot": slot, "writable": is_writable})
-        return fds[0], int(reply["slot_bytes"])
+        reply, fd = self._descriptor(op="slot", slot=slot, writable=is_writable)
+        return fd, int(reply["slot_bytes"])
 
     def black_box(self, run: str, incarnation: Incarnation, rank: int) -> int | None:
         """A descriptor of memory that the daemon reads when the process of ``rank`` is gone: BLACK_BOX_BYTES of ENTERED
         rows. The caller closes it. None where memory cannot be shared."""
         if not self.can_share_memory:
             return None
-        about = {"run": run, "incarnation": str(incarnation), "rank": rank}
+        return self._descriptor(op="black_box", run=run, incarnation=str(incarnation), rank=rank)[1]
+
+    def _descriptor(self, **request: Any) -> tuple[dict[str, Any], int]:
+        """The answer to ``request``, and the descriptor that comes with it."""
         with self._lock:
-            _, fds = self._ask({"op": "black_box", "token": self._token, **about})
-        return fds[0]
+            reply, fds = self._ask({"token": self._token, **request})
+        if not fds:
+            raise DaemonUnreachable("no descriptor came from the daemon", "raise the limit of open files: ulimit -n")
+        return reply, fds[0]
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """One exchange on the fd socket, reconnecting once when the daemon closed it."""

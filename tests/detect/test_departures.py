@@ -77,18 +77,18 @@ def test_a_rank_that_the_launcher_killed_after_anothers_communication_failed_is_
     assert judge_departures(job(4, {2: 10.0, 0: 11.0, 1: 11.0}, {2: "RuntimeError: NCCL error: unhandled"})) == []
 
 
-def test_a_rank_whose_end_is_noticed_after_that_of_its_victims_is_named_when_the_system_killed_it() -> None:
-    gone = {1: 10.3, 0: 10.0, 2: 10.01}
-    (fault,) = judge_departures(job(3, gone, {0: GLOO, 2: GLOO}, signals={1: signal.SIGKILL}))
-    assert (fault.ranks, fault.confidence) == ((1,), Confidence.VERIFIED)
-    assert judge_departures(job(3, gone, {0: GLOO, 2: GLOO}, signals={1: signal.SIGABRT})) == []
-
-
 def test_ranks_that_abort_as_soon_as_one_is_killed_are_not_named() -> None:
     signals = {0: signal.SIGABRT, 1: signal.SIGKILL, 2: signal.SIGABRT}
     (fault,) = judge_departures(job(3, {0: 10.0, 1: 10.001, 2: 10.002}, signals=signals))
     assert (fault.ranks, fault.confidence) == ((1,), Confidence.VERIFIED)
     assert fault.evidence["ranks_that_followed"] == [0, 2]
+
+
+def test_of_ranks_killed_together_one_whose_end_is_not_known_counts_as_well() -> None:
+    killed = dict.fromkeys((0, 1, 2), signal.SIGKILL)
+    assert judge_departures(job(4, dict.fromkeys(range(4), 10.0), signals=killed)) == []  # ended from outside
+    (fault,) = judge_departures(job(8, {4: 10.0, 5: 10.0}, per_node=2, signals={4: signal.SIGKILL}))
+    assert (fault.ranks, fault.nodes, fault.confidence) == ((4, 5), ("n2",), Confidence.CONFIRMED)
 
 
 def test_how_sure_a_death_is_depends_on_what_is_known_of_it() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from ckptd.detect.faultlog import Family
 from ckptd.detect.judge import SETTLE_S, Judge
@@ -102,7 +104,17 @@ def test_a_job_that_is_ended_because_it_hangs_keeps_the_verdict_of_the_hang() ->
     assert [(kind, ranks) for kind, ranks, _ in told.open()] == [(Kind.HANG, (6,))]
 
 
-def test_a_mismatch_that_kills_an_innocent_rank_is_told_as_what_it_is() -> None:
+@pytest.mark.parametrize(
+    ("number", "told_of"),
+    [
+        (0, (Kind.DESYNC, (3,))),
+        (signal.SIGABRT, (Kind.DESYNC, (3,))),
+        (signal.SIGKILL, (Kind.DEATH, (0,))),  # what others enter on their way out is no mismatch of the program
+    ],
+)
+def test_a_mismatch_that_kills_an_innocent_rank_is_told_as_what_it_is(
+    number: int, told_of: tuple[Kind, tuple[int, ...]]
+) -> None:
     told = Told()
     told.run(20)
     past = {("world", seq): (Op.ALL_REDUCE, 4096) for seq in range(1, 20)}
@@ -114,10 +126,20 @@ def test_a_mismatch_that_kills_an_innocent_rank_is_told_as_what_it_is() -> None:
         gone_s = 100.0 if is_dead else 100.1
         error = "" if is_dead else "RuntimeError: Connection closed by peer"
         states.append(
-            RankState(state.rank, state.node, state.counts, (), signatures, is_dead=is_dead, gone_s=gone_s, error=error)
+            RankState(
+                state.rank,
+                state.node,
+                state.counts,
+                (),
+                signatures,
+                is_dead=is_dead,
+                gone_s=gone_s,
+                error=error,
+                signal=number if is_dead else 0,
+            )
         )
     told.judge.look(states, COMMUNICATORS, 102.0)
-    assert [(kind, ranks) for kind, ranks, _ in told.open()] == [(Kind.DESYNC, (3,))]
+    assert [(kind, ranks) for kind, ranks, _ in told.open()] == [told_of]
 
 
 def test_a_rank_that_left_because_of_its_network_does_not_hide_that_others_wait_for_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,40 @@ def test_shards_of_a_lost_node_are_drained_by_a_survivor(stage: Stage, tmp_path:
     nodes[2].close()
     nodes[0].wait_mark("shards", "durable", 1, 60)
     assert not nodes[0].findings("shards")
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_drain_that_others_have_done_ends_after_the_coordinators_restart(
+    stage: Stage, tmp_path: Path, count: int
+) -> None:
+    tier = f"file://{tmp_path}/tier,every=1"
+    nodes = [stage.daemon(listen=True, memory="32MiB", tiers=[tier], failpoints="drain.before=sleep:60")]
+    nodes += _nodes(stage, count - 1, tier)
+    job = ShardJob(nodes, protect="off")
+    job.save(1, persist=True)
+    for rank in range(1, count):
+        written = f"shards/step-*/rank-0000{rank}"
+        wait_until(lambda written=written: list((tmp_path / "tier").glob(written)), "the others' drains")  # type: ignore[misc]
+    time.sleep(0.5)  # they tell that they are done; the sooner the restart, the easier
+    nodes[0].restart()
+    job.rejoin(nodes[0])
+    nodes[0].wait_mark("shards", "durable", 1)
+
+
+@pytest.mark.slow
+def test_a_drain_of_an_older_step_goes_on_after_the_coordinators_restart(stage: Stage, tmp_path: Path) -> None:
+    tier = f"file://{tmp_path}/tier,every=1"
+    nodes = _nodes(stage, 1, tier)
+    nodes.append(stage.daemon(listen=True, memory="32MiB", tiers=[tier], failpoints="drain.before=sleep:5"))
+    job = ShardJob(nodes, protect="off")
+    job.save(1, persist=True)
+    nodes[0].wait_mark("shards", "draining", 1)
+    job.save(2)
+    for node in nodes:
+        node.wait_mark("shards", "staged", 2)
+    nodes[0].restart()
+    job.rejoin(nodes[0])
+    nodes[0].wait_mark("shards", "durable", 1)
 
 
 @pytest.mark.slow

@@ -137,52 +137,44 @@ def test_what_a_node_was_told_is_staged_stays_so_although_other_nodes_are_silent
     book = ledger()
     book.sealed(0, 3, False, 0.0)
     book.known(staged=3, durable=1)
-    assert (book.staged, book.durable) == (3, 1)
+    assert (book.newest_staged, book.durable) == (3, 1)
     book.tick(DEADLINE_S + 1)
     assert not book.dead
-    book.sealed(1, 3, False, 0.0)
     book.known(staged=2, durable=None)
-    assert (book.staged, book.durable) == (3, 1)
+    assert (book.newest_staged, book.durable) == (3, 1)
     book.check()
+    seal_all(book, 4)
+    assert (book.staged, book.newest_staged, book.dead) == (4, 4, {})
 
 
-def test_a_step_that_died_before_it_was_known_to_be_staged_lives() -> None:
+def test_a_step_that_died_before_it_was_known_to_be_staged_is_dead() -> None:
     book = ledger()
     book.sealed(0, 3, False, 0.0)
     book.tick(DEADLINE_S + 1)
-    assert 3 in book.dead
     book.known(staged=3, durable=None)
-    assert book.staged == 3
-    assert not book.dead
+    assert 3 in book.dead
+    assert book.newest_staged is None
     book.check()
 
 
-def test_a_drain_that_a_restart_interrupted_goes_on_once() -> None:
+def test_drains_that_a_restart_interrupted_go_on_once_every_seal_is_told() -> None:
     book = ledger(has_tier=True)
-    book.known(staged=3, durable=1)
+    book.known(staged=2, durable=None)
+    for step, is_persisted in ((1, True), (2, False)):
+        book.sealed(0, step, is_persisted, 0.0)
     assert book.draining is None
-    book.sealed(0, 3, True, 0.0)
-    assert book.draining == 3
-    book.drain_failed(3, "disk full")
-    book.sealed(1, 3, True, 0.0)
-    assert book.draining is None
-
-
-def test_a_drain_goes_on_whether_its_seals_or_that_it_was_staged_are_told_first() -> None:
-    book = ledger(has_tier=True)
-    book.sealed(0, 3, True, 0.0)
-    book.known(staged=3, durable=1)
-    assert (book.staged, book.draining) == (3, 3)
-    book.drained(3)
-    book.sealed(1, 3, True, 0.0)
-    assert (book.durable, book.draining) == (3, None)
+    for step, is_persisted in ((1, True), (2, False)):
+        book.sealed(1, step, is_persisted, 0.0)
+    assert (book.staged, book.draining) == (2, 1)
+    book.check()
 
 
 def test_what_is_durable_already_is_not_drained_again_after_a_restart() -> None:
     book = ledger(has_tier=True)
     book.known(staged=3, durable=3)
-    book.sealed(0, 3, True, 0.0)
-    assert book.draining is None
+    for rank in range(2):
+        book.sealed(rank, 3, True, 0.0)
+    assert (book.staged, book.draining) == (3, None)
 
 
 # --- versions of the roster ---------------------------------------------------------------------------------------
@@ -264,8 +256,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         """The coordinator restarts, and hears first from a node that was told all."""
         before, self.book = self.book, ledger(self.book.world_size, has_tier=self.book.has_tier)
-        self.book.known(before.staged, before.durable)
-        self.died = {step for step in self.died if step in self.book.dead}
+        self.book.known(before.newest_staged, before.durable)
+        self.died = set()
 
     @rule(is_well=st.booleans())
     def drain_ends(self, is_well: bool) -> None:
@@ -282,8 +274,9 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.book.check()
         self.died |= self.book.dead.keys()
-        if self.book.staged is not None and self.book.staged not in self.staged:
-            self.staged.append(self.book.staged)
+        newest = self.book.newest_staged
+        if newest is not None and newest not in self.staged:
+            self.staged.append(newest)
         assert self.staged == sorted(self.staged), "staged went back"
         assert not self.died & set(self.staged), "a step was staged and dead"
         assert self.died == self.book.dead.keys(), "a dead step came back"

@@ -9,7 +9,7 @@ import pytest
 
 from ckptd.detect.records import Communicator
 from ckptd.errors import InvalidRequest
-from ckptd.format.timings import BLACK_BOX_BYTES, OPERATION, SAMPLE, SELF, STEP, Op, Rows, pack, unpack
+from ckptd.format.timings import BLACK_BOX_BYTES, ENTERED, OPERATION, SAMPLE, SELF, STEP, Op, Rows, pack, unpack
 from ckptd.serve.diagnosis import feeds
 from ckptd.serve.diagnosis.feeds import KEPT_STEPS, MOST_COMMUNICATORS, MOST_SIGNATURES, NodeFeed
 from ckptd.serve.diagnosis.messages import rank_state
@@ -74,32 +74,43 @@ def test_of_a_rank_that_is_gone_what_it_entered_last_is_told_with_what_it_said_b
     box.move_to(fd)
     os.close(fd)
     feed.take(report(0, 5, entry(3, "w"), row=3), 0.0)
-    for seq in range(1, 200):
+    for seq in range(1, 1000):
         box.write(3, Op.BROADCAST, seq, 10 * seq)
     box.write(9, Op.BROADCAST, 1, 1)  # of a communicator that was never told
-    box.write(3, 77, 200, 2000)  # what no client of ours writes
+    box.write(3, 77, 1000, 10000)  # what no client of ours writes
     assert not told(feed).ranks[0].heartbeat.signatures
-    request = coordinator_pb2.ReportRanksRequest()
-    request.ranks.add(rank=0, is_dead=True)
-    feed.fill(request, 0.0)
-    signatures = request.ranks[0].heartbeat.signatures
-    assert [s.seq for s in signatures] == list(range(201 - MOST_SIGNATURES, 201))
-    assert {(s.communicator, s.size_bytes - 10 * s.seq) for s in signatures} == {(0, 0)}
-    state = rank_state(request.ranks[0], "n", {0: Communicator("w", (0, 1))}, 0.0)
-    assert state.signatures["w", 199] == (Op.BROADCAST, 1990)
-    assert state.signatures["w", 200] == (Op.OTHER, 2000)
+    for _ in range(2):
+        request = told_of_dead(feed)
+        signatures = request.ranks[0].heartbeat.signatures
+        assert sorted(s.seq for s in signatures) == list(range(1002 - MOST_SIGNATURES, 1001))
+        assert {(s.communicator, s.size_bytes - 10 * s.seq) for s in signatures} == {(0, 0)}
+        state = rank_state(request.ranks[0], "n", {0: Communicator("w", (0, 1))}, 0.0)
+        assert state.signatures["w", 999] == (Op.BROADCAST, 9990)
+        assert state.signatures["w", 1000] == (Op.OTHER, 10000)
+        late = report(5, 5, row=3)
+        late.heartbeat.signatures.add(communicator=3, seq=999, op=Op.BROADCAST, size_bytes=9990)
+        feed.take(late, 0.1)  # it was under way; what is told twice counts once
 
 
 def test_memory_full_of_nonsense_costs_nothing() -> None:
     feed = NodeFeed(2)
     fd = feed.open_black_box(0)
-    os.write(fd, np.random.default_rng(1).bytes(BLACK_BOX_BYTES))
+    rows = np.frombuffer(np.random.default_rng(1).bytes(BLACK_BOX_BYTES), ENTERED).copy()
+    rows["communicator"] = 0
+    os.write(fd, rows.tobytes())
     os.close(fd)
     feed.take(report(0, 5, entry(0, "w")), 0.0)
+    request = told_of_dead(feed)
+    assert len(request.ranks[0].heartbeat.signatures) == MOST_SIGNATURES
+    state = rank_state(request.ranks[0], "n", {0: Communicator("w", (0, 1))}, 0.0)
+    assert len(state.signatures) == MOST_SIGNATURES
+
+
+def told_of_dead(feed: NodeFeed) -> coordinator_pb2.ReportRanksRequest:
     request = coordinator_pb2.ReportRanksRequest()
     request.ranks.add(rank=0, is_dead=True)
     feed.fill(request, 0.0)
-    assert len(request.ranks[0].heartbeat.signatures) <= MOST_SIGNATURES
+    return request
 
 
 def test_there_is_news_of_ranks_once_each_was_heard_of_since_the_last_report() -> None:

@@ -12,7 +12,7 @@ import weakref
 
 import numpy as np
 
-from ckptd.format.timings import BLACK_BOX_BYTES, ENTERED, Rows
+from ckptd.format.timings import BLACK_BOX_BYTES, BLACK_BOX_ROWS, ENTERED, Rows
 
 
 class BlackBox:
@@ -28,7 +28,8 @@ class BlackBox:
         """For the rank; the caller closes it."""
         return os.dup(self._fd)
 
-    def read(self) -> Rows:
-        """ENTERED rows in the order of writing."""
+    def read(self, most: int = BLACK_BOX_ROWS) -> Rows:
+        """The newest ``most`` ENTERED rows in the order of writing."""
         rows = np.frombuffer(os.pread(self._fd, BLACK_BOX_BYTES, 0), ENTERED)
-        return np.sort(rows[rows["ordinal"] > 0], order="ordinal")
+        rows = rows[rows["ordinal"] > 0]
+        return rows[np.argsort(rows["ordinal"])][-most:]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from ckptd_api.v1 import coordinator_pb2, node_pb2, timings_pb2
 KEPT_STEPS: Final = 192
 MOST_ROWS: Final = 65536
 MOST_SAMPLES: Final = 8192
-MOST_SIGNATURES: Final = 64  # of one communicator of a rank that is gone
+MOST_SIGNATURES: Final = 256  # of what a rank that is gone has entered last
 MOST_COMMUNICATORS: Final = 4096
 MOST_OF_NODE: Final = 4 * MOST_COMMUNICATORS
 _MOST_MEMBERS: Final = 1 << 20
@@ -50,6 +50,7 @@ class RankFeed:
     is_heard: bool = False  # since the last report
     told_positions: frozenset[str] = frozenset()
     black_box: BlackBox | None = None
+    last: tuple[timings_pb2.Signature, ...] | None = None  # what it had entered when it went
 
 
 class NodeTable:
@@ -202,8 +203,8 @@ class NodeFeed:
                 feed = self._ranks.get(item.rank)
                 if feed is None or feed.heartbeat is None:
                     continue
-                if (item.is_dead or item.error) and feed.black_box is not None:
-                    self._open_up(feed, feed.black_box, feed.heartbeat)
+                # A beat that was under way when its sender went may come after its end was noticed.
+                feed.last = (feed.last or _last_of(feed)) if item.is_dead or item.error else None
                 item.heartbeat.CopyFrom(self._translated(feed, feed.heartbeat))
                 item.coverage.CopyFrom(feed.coverage or timings_pb2.Coverage())
                 item.silent_seconds = max(0.0, now_s - feed.heard_s)
@@ -214,20 +215,6 @@ class NodeFeed:
                 feed.unsent, feed.is_heard = 0, False
                 feed.samples = feed.samples[:0]
             self._is_mesh_told = self._mesh is not None
-
-    @staticmethod
-    def _open_up(feed: RankFeed, box: BlackBox, heartbeat: timings_pb2.Heartbeat) -> None:
-        """Add to the last heartbeat of a rank that is gone what it has entered since."""
-        feed.black_box = None
-        last: dict[int, deque[Any]] = {}
-        for row in box.read():
-            if int(row["communicator"]) in feed.table:
-                last.setdefault(int(row["communicator"]), deque(maxlen=MOST_SIGNATURES)).append(row)
-        known = {(s.communicator, s.seq) for s in heartbeat.signatures}
-        for number, rows in last.items():
-            for _, _, op, seq, size_bytes in rows:
-                if (number, seq) not in known:
-                    heartbeat.signatures.add(communicator=number, seq=seq, op=op, size_bytes=size_bytes)
 
     @staticmethod
     def _news_of_positions(feed: RankFeed) -> tuple[str, ...]:
@@ -245,6 +232,8 @@ class NodeFeed:
     def _translated(feed: RankFeed, heartbeat: timings_pb2.Heartbeat) -> timings_pb2.Heartbeat:
         translated = timings_pb2.Heartbeat()
         translated.CopyFrom(heartbeat)
+        known = {(s.communicator, s.seq) for s in heartbeat.signatures} if feed.last else set()
+        translated.signatures.extend(s for s in feed.last or () if (s.communicator, s.seq) not in known)
         for item in _items(translated):
             item.communicator = feed.own_rows[item.communicator]
         return translated
@@ -274,6 +263,17 @@ class NodeFeed:
         self._sampled_s = -math.inf
         for feed in self._ranks.values():
             feed.unsent, feed.told_positions = len(feed.kept), frozenset()
+
+
+def _last_of(feed: RankFeed) -> tuple[timings_pb2.Signature, ...]:
+    """What stands in the rank's black box, of communicators that it has told."""
+    if feed.black_box is None:
+        return ()
+    return tuple(
+        timings_pb2.Signature(communicator=row, seq=seq, op=op, size_bytes=size_bytes)
+        for _, row, op, seq, size_bytes in feed.black_box.read(MOST_SIGNATURES).tolist()
+        if row in feed.table
+    )
 
 
 def _items(
