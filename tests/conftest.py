@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 from harness import DaemonProcess, Nursery, Stage
+from hypothesis import HealthCheck, settings
 
 # Where it is set, what is not flushed into a pipe looks as if it were: users have it seldom.
 os.environ.pop("PYTHONUNBUFFERED", None)
+# A machine that is shared may stand still amid an example.
+settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared-machine")
 _REPORT: pytest.StashKey[pytest.TestReport] = pytest.StashKey()
 
 

@@ -24,7 +24,17 @@ from typing import Any
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from processes import CKPTD, PATIENCE_S, CliResult, Signalled, clean_environment, free_port, run_cli, wait_until
+from processes import (
+    ANSWER_S,
+    CKPTD,
+    PATIENCE_S,
+    CliResult,
+    Signalled,
+    clean_environment,
+    free_port,
+    run_cli,
+    wait_until,
+)
 
 from bench.fork_server import ForkServer
 from ckptd.cli import channel
@@ -108,6 +118,11 @@ class DaemonProcess(Signalled):
 
         wait_until(is_ready, "the daemon to be ready", timeout_s)
 
+    def set_flag(self, flag: str, value: object) -> None:
+        """Restart with another value of a flag that was given."""
+        self._command[self._command.index(flag) + 1] = str(value)
+        self.restart()
+
     @property
     def address(self) -> str:
         return f"unix://{self.socket}"
@@ -157,7 +172,7 @@ class DaemonProcess(Signalled):
 
     def status(self) -> dict[str, Any]:
         with channel.connect(self.address) as daemon:
-            return dict(plain(daemon.unary(daemon.stub.GetStatus, operator_pb2.GetStatusRequest(), 5.0)))
+            return dict(plain(daemon.unary(daemon.stub.GetStatus, operator_pb2.GetStatusRequest(), ANSWER_S)))
 
     def rows(self, run: str) -> list[dict[str, Any]]:
         """One row a copy of a checkpoint, newest first."""
@@ -198,7 +213,7 @@ class DaemonProcess(Signalled):
     def get(self, path: str) -> tuple[int, str]:
         """(status, body) of the HTTP page ``path``."""
         try:
-            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=5) as reply:
+            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=ANSWER_S) as reply:
                 return reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 CKPTD = Path(sys.executable).with_name("ckptd")
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
+ANSWER_S = 20.0  # of a daemon that runs, on a machine that may stand still for seconds
 T = TypeVar("T")
 
 

@@ -69,6 +69,8 @@ class Coordinator:
         self._drained: set[int] = set()
         self._adoptions: dict[int, str] = {}
         self._seen_silent: set[str] = set()
+        self._restored: SnapshotId | None = None  # to be protected
+        self._reported: set[str] = set()  # nodes
         self._is_committing = False
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
@@ -106,6 +108,8 @@ class Coordinator:
             for pace in request.paces:
                 self._pace.report(pace.rank, pace.step, pace.step_seconds, pace.stall_seconds)
             self._ledger.left.update(request.left)
+            self._reported.add(request.node_id)
+            self._protect_restored(now)
             return self._watermarks()
 
     def _check(self, request: pb.ReportRequest) -> None:
@@ -126,13 +130,24 @@ class Coordinator:
             for node in set(silent) - self._seen_silent:
                 log.warning("node not heard of", run=self.run, node=node, seconds=SILENT_S)
             self._seen_silent = set(silent)
+            self._protect_restored(now)
             self._protection.tick(now, silent)
             self._adopt_drains_of(silent)
 
     def restored(self, snapshot: SnapshotId) -> None:
         """Every rank holds ``snapshot`` again: it is to be protected on the nodes of this roster."""
         with self._lock:
-            self._protection.staged(snapshot)
+            self._restored = snapshot
+            self._protect_restored(time.monotonic())
+
+    def _protect_restored(self, now: float) -> None:
+        """Not before every node could say that the run has gone on since: a coordinator that restarted would have slots
+        kept for what nobody needs any more."""
+        if self._ledger.newest_staged is not None:
+            self._restored = None
+        elif self._restored is not None and self.roster.nodes.keys() <= self._reported.union(self._silent(now)):
+            self._protection.staged(self._restored)
+            self._restored = None
 
     def safeguard(self) -> None:
         """The job stands still: make durable what is staged. Its protection goes on by itself."""

@@ -76,8 +76,8 @@ class PeerService(peers_pb2_grpc.PeerServiceServicer):
         for part in stream:
             if len(part.data) > _MOST_BATCH_BYTES:
                 raise InvalidRequest(f"a batch may have {_MOST_BATCH_BYTES} bytes, not {len(part.data)}")
+            served.inc(len(part.data))  # before: who has its last block may not come back for more
             yield encode_blocks(part)
-            served.inc(len(part.data))
 
     def Locate(self, request: pb.LocateRequest, context: grpc.ServicerContext) -> pb.LocateResponse:
         run, snapshot = self._run(request.run), snapshot_from_pb(request.snapshot)

@@ -212,6 +212,8 @@ def _check_socket_is_free(path: Path) -> None:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
+        except (TimeoutError, BlockingIOError):  # somebody listens, and has no time
+            pass
         except OSError:
             path.unlink(missing_ok=True)
             return

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import grpc
 import pytest
 from fake_daemon import CKPTD, Ckptd, FakeDaemon, row
-from processes import heed_interrupts
+from processes import heed_interrupts, wait_until
 
 import ckptd as package
 from ckptd.cli import channel
@@ -144,7 +143,7 @@ def test_a_daemon_is_named_by_path_url_or_host_and_port(named: str, path: str | 
 # --- interrupted --------------------------------------------------------------------------------------------------
 def test_ctrl_c_exits_130_without_a_traceback(daemon: FakeDaemon) -> None:
     released = threading.Event()
-    daemon.operator.answers["Verify"] = lambda request: iter(lambda: released.wait(10), True)
+    daemon.operator.answers["Verify"] = lambda request: iter(lambda: released.wait(60), True)
     process = subprocess.Popen(
         [CKPTD, "verify", "gpt", "--socket", daemon.socket],
         stderr=subprocess.PIPE,
@@ -152,10 +151,7 @@ def test_ctrl_c_exits_130_without_a_traceback(daemon: FakeDaemon) -> None:
         text=True,
         preexec_fn=heed_interrupts,
     )
-    for _ in range(100):
-        if daemon.operator.requests:
-            break
-        time.sleep(0.1)
+    wait_until(lambda: daemon.operator.requests, "the call")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     released.set()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from harness import DaemonProcess, Nursery, Stage, wait_until
+from processes import ANSWER_S
 from shard_ranks import ShardJob
 from timing_ranks import TimingJob
 
@@ -46,7 +47,7 @@ def probed(daemon: DaemonProcess, *arguments: object) -> tuple[int, dict[str, An
 
 def open_faults(daemon: DaemonProcess) -> list[tuple[str, tuple[int, ...], str]]:
     with channel.connect(daemon.address) as connected:
-        found = connected.unary(connected.stub.ListFaults, operator_pb2.ListFaultsRequest(run="shards"), 5.0)
+        found = connected.unary(connected.stub.ListFaults, operator_pb2.ListFaultsRequest(run="shards"), ANSWER_S)
     return [(fault.kind, tuple(fault.ranks), fault.confidence) for fault in found.faults]
 
 

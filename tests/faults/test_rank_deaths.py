@@ -44,6 +44,7 @@ def test_one_of_two_ranks_killed_while_it_saves_takes_neither_off_a_complete_ste
     complete = daemon.steps("tiny", state="staged")
     assert complete
 
+    daemon.set_flag("--stage-deadline", 60)
     again = stage.ranks(daemon, 2, "--wait", "staged", "--half")
     for trainer, before in zip(again, (survivor, victim), strict=True):
         ready = trainer.wait_event("ready")

@@ -76,13 +76,19 @@ class MakeFleet(Protocol):
     def __call__(self, count: int, **options: Any) -> Fleet: ...
 
 
+_given: set[int] = set()
+
+
 def own_port() -> int:
     """A free port that no connection is given: so nobody takes it while its daemon is restarted."""
     lowest_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.randrange(lowest_given // 2, lowest_given)
+        if port in _given:  # of a daemon that has yet to bind it
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given.add(port)
             return port
 
 

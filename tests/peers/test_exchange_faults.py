@@ -47,7 +47,7 @@ def test_while_a_peer_is_halted_the_others_go_on_with_what_does_not_need_it(make
     job.wait_protected(1)
     job.save(2)
     wait_until(lambda: fleet.daemons[HALTED].is_stopped, "the node to halt")
-    wait_until(lambda: sum(map(len, fleet.parity(2).values())) >= 8, "most of the others' ten fragments")
+    wait_until(lambda: sum(map(len, fleet.parity(2).values())) >= 5, "what it had sent by then")
     fleet.daemons[HALTED].cont()
     job.wait_protected(2)
     assert not job.not_protected(2)
@@ -203,8 +203,9 @@ def test_a_coordinator_that_comes_back_does_not_ask_for_what_the_run_has_left_be
         lambda: (job.marks["protected"], job.marks["protecting"]) == (3, None), "step 3 to be known as protected"
     )
     job.save(4)
-    job.wait_protected(4, timeout_s=10)
+    job.wait_protected(4)
     assert not job.marks["not_protected"]
+    assert not [daemon.log for daemon in fleet.daemons if "is not in memory here" in daemon.log]
 
 
 def test_a_coordinator_that_has_yet_to_hear_from_every_node_costs_no_snapshot(make_fleet: MakeFleet) -> None:
@@ -230,7 +231,7 @@ def test_a_coordinator_that_has_yet_to_hear_from_every_node_costs_no_snapshot(ma
 def test_a_bit_flipped_in_a_slot_before_it_is_pulled_is_named_and_no_parity_is_made_of_it(
     make_fleet: MakeFleet,
 ) -> None:
-    fleet = make_fleet(6, flags=IMPATIENT)
+    fleet = make_fleet(6, flags=("--protect-deadline", 1))
     job = ShardJob(fleet.daemons)
     job.save(1)
     job.wait_protected(1)

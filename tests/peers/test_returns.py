@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fleet import MakeFleet
+from harness import wait_until
 from shard_ranks import ShardJob
 
 from ckptd.errors import RestoreUndecided
@@ -70,7 +71,7 @@ def test_a_node_that_was_away_while_the_run_went_on_restores_what_is_newer_than_
     assert restored.step == 3
     assert sources == {0: "memory", 1: "memory", 2: "reconstruction", 3: "memory"}
     job.wait_whole(restored, losses=2)
-    assert not any(fleet.parity(1).values())  # what it had kept is given up now
+    wait_until(lambda: not any(fleet.parity(1).values()), "what it had kept to be given up")
 
 
 def test_a_branch_that_the_run_has_left_does_not_come_back_with_a_node(make_fleet: MakeFleet) -> None:

@@ -100,7 +100,7 @@ class Probe:
         yield f"second round, with others: {_count(wanted, 'pair')}"
         second = self._pairs(pool, wanted)
         looks: Counter[tuple[str, str]] = Counter()
-        while doubtful := [pair for pair in _slow_pairs(first, second) if looks[pair] < _AGAIN]:
+        while doubtful := [pair for pair, most in _doubtful(first, second) if looks[pair] < most]:
             looks.update(doubtful)
             yield f"what is slow again, one by one: {_count(doubtful, 'pair')}"
             again = {(pair.a, pair.b): pair for pair in self._measured(pool, [[pair] for pair in doubtful])}
@@ -146,10 +146,10 @@ def _judged(first: Sequence[Measured], second: Sequence[Measured]) -> list[PairV
     return judge_pairs([pair.result for pair in first], [pair.result for pair in second])
 
 
-def _slow_pairs(first: Sequence[Measured], second: Sequence[Measured]) -> list[tuple[str, str]]:
-    """Those of a verdict that were measured: one that failed had time to try again."""
-    slow = [pair for verdict in _judged(first, second) for pair in verdict.pairs]
-    return sorted({(pair.a, pair.b) for pair in slow if pair.bytes_per_s is not None})
+def _doubtful(first: Sequence[Measured], second: Sequence[Measured]) -> list[tuple[tuple[str, str], int]]:
+    """The pairs of a verdict, and how often each is measured again at most: what failed, once, as that takes long."""
+    blamed = [pair for verdict in _judged(first, second) for pair in verdict.pairs]
+    return sorted({((pair.a, pair.b), 1 if pair.bytes_per_s is None else _AGAIN) for pair in blamed})
 
 
 def _known(speeds: dict[str, NodeSpeed | str]) -> dict[str, NodeSpeed]:
