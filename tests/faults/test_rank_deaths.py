@@ -33,7 +33,7 @@ def test_a_rank_killed_while_it_saves_is_restored_from_a_complete_step(
     wait_until(lambda: not any(s["leases"] for s in daemon.status()["slots"]), "leases to end")
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [PHASES[0], *(pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES[1:])])
 def test_one_of_two_ranks_killed_while_it_saves_takes_neither_off_a_complete_step(stage: Stage, phase: str) -> None:
     daemon = stage.daemon("--stage-deadline", 0.2)
     dying = {1: {"CKPTD_FAILPOINTS": phase}}

@@ -52,7 +52,7 @@ def uneven(nursery: Nursery) -> Iterator[list[DaemonProcess]]:
     """Two nodes, of which the second takes its time to make parity."""
     stage = Stage(nursery)
     start(stage, 1)
-    start(stage, 1, failpoints="protect.before=sleep:3")
+    start(stage, 1, failpoints="protect.before=sleep:2")
     yield stage.daemons
     stage.close()
 

@@ -15,7 +15,7 @@ def manifests(daemon: DaemonProcess, run: str = "tiny") -> list[int]:
 
 
 def test_a_daemon_told_to_end_finishes_its_drain_first(stage: Stage) -> None:
-    daemon = stage.tier_daemon(failpoints="drain.before=sleep:2")
+    daemon = stage.tier_daemon(failpoints="drain.before=sleep:1.5")
     stage.trainer(daemon, "--steps", 1, "--wait", "staged", "--ignore-close").finish()
     assert manifests(daemon) == []
     assert daemon.terminate() == 0
@@ -34,7 +34,7 @@ def test_a_daemon_out_of_time_says_so_and_the_next_start_finishes_the_drain(stag
 
 
 def test_a_trainer_told_to_end_leaves_the_drain_to_the_daemon(stage: Stage) -> None:
-    daemon = stage.tier_daemon(failpoints="drain.before=sleep:2")
+    daemon = stage.tier_daemon(failpoints="drain.before=sleep:1.5")
     trainer = stage.trainer(daemon, "--steps", 99, "--wait", "staged", "--hold-at", 1)
     trainer.wait_event("holding")
     trainer.signal(signal.SIGTERM)

@@ -46,7 +46,9 @@ def test_a_client_that_vanishes_amid_a_stream_costs_its_step_only(stage: Stage, 
     assert again.finish()["staged"] == 8
 
 
-@pytest.mark.parametrize("phase", ["write.chunk=kill@3", "seal.before_flip=kill@3"])
+@pytest.mark.parametrize(
+    "phase", ["write.chunk=kill@3", pytest.param("seal.before_flip=kill@3", marks=pytest.mark.slow)]
+)
 def test_training_over_a_stream_goes_on_through_the_death_of_the_daemon(stage: Stage, phase: str) -> None:
     daemon = stage.daemon(failpoints=phase)
     trainer = stage.trainer(daemon, "--free", "--step-s", 0.01, "--wait", "staged", env=STREAM)

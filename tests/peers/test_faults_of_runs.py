@@ -150,7 +150,9 @@ def black_box(daemon: DaemonProcess, job: TimingJob, rank: int) -> BlackBox:
     return box
 
 
-@pytest.mark.parametrize("flags", [(), ("--json",)])
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), marks=pytest.mark.slow, id="text"), pytest.param(("--json",), id="json")]
+)
 def test_who_watches_through_a_pipe_is_told_each_change_at_once(make_fleet: MakeFleet, flags: tuple[str, ...]) -> None:
     fleet = make_fleet(2)
     job = TimingJob(fleet.daemons, protect="off")
