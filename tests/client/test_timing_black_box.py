@@ -16,9 +16,7 @@ from ckptd_client.timing.black_box import BlackBox
 
 
 def share(box: BlackBox, kept: Kept) -> None:
-    fd = kept.descriptor()
-    box.move_to(fd)
-    os.close(fd)
+    box.move_to(kept.descriptor())
 
 
 def write(box: BlackBox, first: int, count: int) -> None:

@@ -42,7 +42,7 @@ def test_shards_of_a_lost_node_are_drained_by_a_survivor(stage: Stage, tmp_path:
     tier = f"file://{tmp_path}/tier,every=1"
     nodes = _nodes(stage, 2, tier)
     # The last node never gets to write: every drain of it waits, until it is killed.
-    nodes.append(stage.daemon(listen=True, memory="32MiB", tiers=[tier], failpoints="drain.before=sleep:120"))
+    nodes += _nodes(stage, 1, tier, failpoints="drain.before=sleep:120")
     job = ShardJob(nodes, protect="2+1")
     job.save(1, persist=True)
     job.wait_protected(1)
@@ -56,7 +56,7 @@ def test_a_drain_that_others_have_done_ends_after_the_coordinators_restart(
     stage: Stage, tmp_path: Path, count: int
 ) -> None:
     tier = f"file://{tmp_path}/tier,every=1"
-    nodes = [stage.daemon(listen=True, memory="32MiB", tiers=[tier], failpoints="drain.before=sleep:60")]
+    nodes = _nodes(stage, 1, tier, failpoints="drain.before=sleep:60")
     nodes += _nodes(stage, count - 1, tier)
     job = ShardJob(nodes, protect="off")
     job.save(1, persist=True)
@@ -73,7 +73,7 @@ def test_a_drain_that_others_have_done_ends_after_the_coordinators_restart(
 def test_a_drain_of_an_older_step_goes_on_after_the_coordinators_restart(stage: Stage, tmp_path: Path) -> None:
     tier = f"file://{tmp_path}/tier,every=1"
     nodes = _nodes(stage, 1, tier)
-    nodes.append(stage.daemon(listen=True, memory="32MiB", tiers=[tier], failpoints="drain.before=sleep:5"))
+    nodes += _nodes(stage, 1, tier, failpoints="drain.before=sleep:5")
     job = ShardJob(nodes, protect="off")
     job.save(1, persist=True)
     nodes[0].wait_mark("shards", "draining", 1)
@@ -88,8 +88,8 @@ def test_a_drain_of_an_older_step_goes_on_after_the_coordinators_restart(stage: 
 @pytest.mark.slow
 def test_a_drain_that_nobody_can_take_over_is_given_up_with_the_reason(stage: Stage, tmp_path: Path) -> None:
     tier = f"file://{tmp_path}/tier,every=1"
-    nodes = [stage.daemon(listen=True, memory="32MiB", tiers=[tier])]
-    nodes.append(stage.daemon(listen=True, memory="32MiB", tiers=[tier], failpoints="drain.before=sleep:120"))
+    nodes = _nodes(stage, 1, tier)
+    nodes += _nodes(stage, 1, tier, failpoints="drain.before=sleep:120")
     job = ShardJob(nodes, protect="off")
     job.save(1, persist=True)
     nodes[1].close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 import time
@@ -145,7 +144,6 @@ def black_box(daemon: DaemonProcess, job: TimingJob, rank: int) -> BlackBox:
     assert fd is not None
     box = BlackBox()
     box.move_to(fd)
-    os.close(fd)
     client.close()
     return box
 

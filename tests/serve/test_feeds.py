@@ -42,10 +42,10 @@ def report(
     )
 
 
-def told(feed: NodeFeed, *ranks: int) -> coordinator_pb2.ReportRanksRequest:
+def told(feed: NodeFeed, *ranks: int, is_dead: bool = False) -> coordinator_pb2.ReportRanksRequest:
     request = coordinator_pb2.ReportRanksRequest()
     for rank in ranks or (0,):
-        request.ranks.add(rank=rank)
+        request.ranks.add(rank=rank, is_dead=is_dead)
     feed.fill(request, 0.0)
     return request
 
@@ -69,10 +69,8 @@ def test_a_rank_that_could_not_be_told_of_for_long_sends_its_newest_steps() -> N
 
 def test_of_a_rank_that_is_gone_what_it_entered_last_is_told_with_what_it_said_before() -> None:
     feed = NodeFeed(2)
-    fd = feed.open_black_box(0)
     box = BlackBox()
-    box.move_to(fd)
-    os.close(fd)
+    box.move_to(feed.open_black_box(0))
     feed.take(report(0, 5, entry(3, "w"), row=3), 0.0)
     for seq in range(1, 1000):
         box.write(3, Op.BROADCAST, seq, 10 * seq)
@@ -80,7 +78,7 @@ def test_of_a_rank_that_is_gone_what_it_entered_last_is_told_with_what_it_said_b
     box.write(3, 77, 1000, 10000)  # what no client of ours writes
     assert not told(feed).ranks[0].heartbeat.signatures
     for _ in range(2):
-        request = told_of_dead(feed)
+        request = told(feed, is_dead=True)
         signatures = request.ranks[0].heartbeat.signatures
         assert sorted(s.seq for s in signatures) == list(range(1002 - MOST_SIGNATURES, 1001))
         assert {(s.communicator, s.size_bytes - 10 * s.seq) for s in signatures} == {(0, 0)}
@@ -100,17 +98,10 @@ def test_memory_full_of_nonsense_costs_nothing() -> None:
     os.write(fd, rows.tobytes())
     os.close(fd)
     feed.take(report(0, 5, entry(0, "w")), 0.0)
-    request = told_of_dead(feed)
+    request = told(feed, is_dead=True)
     assert len(request.ranks[0].heartbeat.signatures) == MOST_SIGNATURES
     state = rank_state(request.ranks[0], "n", {0: Communicator("w", (0, 1))}, 0.0)
     assert len(state.signatures) == MOST_SIGNATURES
-
-
-def told_of_dead(feed: NodeFeed) -> coordinator_pb2.ReportRanksRequest:
-    request = coordinator_pb2.ReportRanksRequest()
-    request.ranks.add(rank=0, is_dead=True)
-    feed.fill(request, 0.0)
-    return request
 
 
 def test_there_is_news_of_ranks_once_each_was_heard_of_since_the_last_report() -> None:

@@ -35,9 +35,12 @@ class BlackBox:
         self._pack(self._memory, ordinal % BLACK_BOX_ROWS * _LAYOUT.size, ordinal, communicator, op, seq, size_bytes)
 
     def move_to(self, fd: int) -> None:
-        """Write to the file ``fd``, of BLACK_BOX_BYTES, from now on; what is here goes along. The caller closes ``fd``.
-        OSError or ValueError when it cannot be mapped."""
-        shared = mmap.mmap(fd, BLACK_BOX_BYTES)
+        """Write to the file ``fd``, of BLACK_BOX_BYTES, from now on; what is here goes along. Closes ``fd``. OSError or
+        ValueError when it cannot be mapped."""
+        try:
+            shared = mmap.mmap(fd, BLACK_BOX_BYTES)
+        finally:
+            os.close(fd)
         # A row that another thread writes between the two lines stays behind: one of a thousand, long before the end.
         shared[:] = bytes(self._memory)
         self._memory = shared

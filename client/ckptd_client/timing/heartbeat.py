@@ -141,12 +141,8 @@ class Heartbeat:
         link = self._link
         try:
             fd = link.daemon.black_box(link.run, incarnation_from_pb(link.incarnation), link.rank)
-            if fd is None:
-                return
-            try:
+            if fd is not None:
                 self._collection.recorder.black_box.move_to(fd)
-            finally:
-                os.close(fd)
         except (CkptdError, OSError, ValueError) as error:
             log.debug("no memory for the last operations: %s", error)
 
