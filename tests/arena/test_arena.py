@@ -250,7 +250,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArenaMachine = ArenaMachine.TestCase
-TestArenaMachine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestArenaMachine.settings = settings(max_examples=25, stateful_step_count=25)
 
 
 def test_the_payload_of_a_slot_begins_after_its_header_page(folder: Path) -> None:

@@ -676,4 +676,4 @@ class ParityMachine(RuleBasedStateMachine):
 
 
 TestParityMachine = ParityMachine.TestCase
-TestParityMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestParityMachine.settings = settings(max_examples=30, stateful_step_count=30)

@@ -315,21 +315,21 @@ def stopped_jobs(draw: st.DrawFn, ahead: int, most: int) -> Job:
     return Job(dp, pp, tp, ahead=ahead, stops={rank: draw(st.integers(0, 14)) for rank in sorted(ranks)})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stopped_jobs(ahead=1, most=3))
 def test_in_a_job_that_blocks_exactly_the_stopped_ranks_that_others_wait_for_are_named(job: Job) -> None:
     absent = {rank for rank in job.waited_for() if not job.open_calls(rank)}
     assert named(judge_hang(job.states(), job.communicators)) == absent
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stopped_jobs(ahead=4, most=3))
 def test_no_victim_is_named_however_far_hosts_run_ahead(job: Job) -> None:
     found = named(judge_hang(job.states(silent=True), job.communicators))
     assert job.waited_for(by_running_only=True) <= found <= set(job.stops)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stopped_jobs(ahead=4, most=1), st.sampled_from([HEARTBEATS, POST_MORTEM]))
 def test_one_host_that_stopped_is_found_from_its_peers_alone(job: Job, thresholds: HangThresholds) -> None:
     found = named(judge_hang(job.states(), job.communicators, thresholds))

@@ -223,7 +223,7 @@ def test_less_of_what_is_bad_is_never_out_of_line() -> None:
     assert not any(health.signs for health in judged(series))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     family=st.sampled_from(SOFT),
     values=st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=20, max_size=60),

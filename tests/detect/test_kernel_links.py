@@ -54,7 +54,7 @@ def nodes_of(faults: Collection[Fault]) -> list[tuple[str, ...]]:
     return [fault.nodes for fault in faults]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(4, 10), st.sampled_from([mesh, ring]), st.integers(0, 99), st.sampled_from([0.0, 0.5]))
 def test_healthy_links_name_nobody_whatever_they_are_by_nature(count: int, shape, seed: int, differ: float) -> None:
     kernels, judge = Kernels(shape(count), seed), judge_of(count)

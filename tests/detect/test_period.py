@@ -73,7 +73,7 @@ def test_no_step_is_found_where_nothing_repeats() -> None:
     assert len(cut(sequence)) == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 1200), max_size=12), st.sampled_from([MEGATRON, DDP]), st.integers(1, 3))
 def test_batches_do_not_move_the_boundaries(batches: list[int], program: list[Signature], changes: int) -> None:
     sequence = np.concatenate([ids(program, 400 // len(program)), ids([*program, *[BARRIER] * changes], 12)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stalled_job import Job as StalledJob
 
@@ -85,7 +85,6 @@ def test_a_step_that_few_ranks_have_been_through_is_there_all_the_same() -> None
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 7.0, 1e3]), st.integers(2, 9))
-@settings(deadline=None)
 def test_the_unit_of_time_makes_no_difference(seed: int, unit: float, peers: int) -> None:
     self_s = np.random.default_rng(seed).uniform(0.5, 2, (peers, 6)).astype(np.float32)
     layout = Layout.from_sizes(peers, 1, 1)
@@ -195,7 +194,6 @@ def test_a_rank_without_heartbeat_is_told_as_silent() -> None:
 
 
 @given(st.dictionaries(st.integers(0, 7), st.integers(0, 12), min_size=1, max_size=3), st.booleans())
-@settings(deadline=None)
 def test_every_rank_is_in_one_group_and_every_edge_is_a_wait(stops: Mapping[int, int], silent: bool) -> None:
     job = StalledJob(stops=stops)
     states = job.states(silent)

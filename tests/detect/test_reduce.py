@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.detect.positions import position
@@ -125,7 +125,6 @@ intervals = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(intervals, st.lists(st.integers(1, 20), min_size=1, max_size=4))
 def test_reduced_steps_are_what_counting_tick_by_tick_gives(
     spans: list[tuple[int, int, Op, int]], lengths: list[int]
@@ -144,7 +143,6 @@ def test_reduced_steps_are_what_counting_tick_by_tick_gives(
         assert row["gaps_s"].sum() == pytest.approx(row["self_s"])
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.sampled_from(list(Op))), max_size=40),
     st.lists(st.integers(0, 41), max_size=6),
@@ -224,7 +222,6 @@ def test_few_operations_are_all_sampled() -> None:
     assert (samples["size_bytes"] == 1 << 20).all()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 10**6), st.integers(0, 2**32))
 def test_members_sample_the_same_operations(count: int, first: int, seed: int) -> None:
     """Two kinds in turns, other times on each member, and another group besides on one of them."""

@@ -246,7 +246,7 @@ def test_small_operations_that_do_not_feel_a_slow_link_clear_nobody() -> None:
     assert fault.nodes == ("n5",)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 79), max_size=12), st.booleans())
 def test_samples_handed_over_twice_count_once(cuts: list[int], by_rank: bool) -> None:
     network = Network(nodes(4), nics={"n1": 4.0}, since=40)

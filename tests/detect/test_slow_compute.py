@@ -302,7 +302,7 @@ def test_peers_inferred_from_nothing_are_none_and_nobody_healthy_is_named() -> N
     assert not any(judged(Job(8, 2, 2, stages=1.6), layout=infer([], 32)))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(0, 99), st.sampled_from([2, 5, 10]))
 def test_how_often_it_is_asked_makes_no_difference(seed: int, every: int) -> None:
     job, slow = Job(8, 2, 2), [Slowness((9,), 1.1, 25)]

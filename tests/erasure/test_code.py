@@ -126,7 +126,7 @@ def test_every_pattern_of_losses_is_recovered(geometry: Geometry) -> None:
 
 
 @given(geometries, st.integers(1, 200), st.integers(0, 2**32), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_fragments_are_recovered_from_any_k_others(
     geometry: Geometry, size: int, seed: int, draw: st.DataObject
 ) -> None:
@@ -143,7 +143,7 @@ def test_any_fragments_are_recovered_from_any_k_others(
 
 
 @given(st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))), st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_reedsolo_decodes_what_we_encode(size: tuple[int, int], seed: int) -> None:
     geometry = Geometry(size[1], size[0] - size[1])
     data = random_fragments(seed, geometry.k, 2)
@@ -180,7 +180,7 @@ def test_a_row_alone_is_that_row_of_all(kernel: Kernel) -> None:
 
 
 @given(size=st.integers(0, 300), shift=st.integers(0, 70), seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_views_at_any_alignment_are_encoded_in_place(size: int, shift: int, seed: int) -> None:
     geometry, stride = Geometry(4, 2), 400
     memory = random_fragments(seed, 1, stride * 6)[0]
@@ -191,7 +191,7 @@ def test_views_at_any_alignment_are_encoded_in_place(size: int, shift: int, seed
 
 
 @given(st.sets(st.integers(0, 5)), st.sets(st.integers(0, 8), max_size=3), st.booleans(), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_none_stands_for_a_fragment_of_zeros(empty: set[int], lost: set[int], is_zero_parity: bool, seed: int) -> None:
     code, size = Code(Geometry(6, 3)), 129
     data = [

@@ -159,7 +159,7 @@ def test_a_cap_bounds_the_tolerance_and_the_share_of_memory(
 
 # --- domains ------------------------------------------------------------------------------------------------------
 @given(st.lists(st.integers(0, 18), min_size=2, max_size=60), wishes, st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_domains_and_domains_in_them_are_dealt_evenly(racks: list[int], protect: str, is_nested: bool) -> None:
     labels = [{"rack": f"r{rack}"} | ({"zone": f"z{rack // 4}"} if is_nested else {}) for rack in racks]
     wanted = roster(len(racks), protect, labels=lambda node: labels[node])
@@ -174,7 +174,7 @@ def test_domains_and_domains_in_them_are_dealt_evenly(racks: list[int], protect:
     st.lists(st.dictionaries(st.sampled_from("xyz"), st.sampled_from("abcde")), min_size=2, max_size=60),
     st.sampled_from(["1+1", "2+1", "2+2", "6+2"]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_groups_are_of_nearly_equal_size_however_domains_cross(labels: list[dict[str, str]], protect: str) -> None:
     wanted = roster(len(labels), protect, labels=lambda node: labels[node])
     planned = plan_groups(wanted)
@@ -184,7 +184,7 @@ def test_groups_are_of_nearly_equal_size_however_domains_cross(labels: list[dict
 
 @given(st.lists(st.text("abc ", min_size=3, max_size=3), min_size=2), st.integers(1, 9))
 @example([" bc", " c ", "cad", "bee", "cc ", "  c", "  c"], 1)  # of nodes alike, one makes the last larger group
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_node_goes_where_a_comparison_of_all_groups_sends_it(nodes: list[str], k: int) -> None:
     labels = [{name: value for name, value in zip("xyz", node, strict=True) if value != " "} for node in nodes]
     wanted = roster(len(labels), f"{k}+1", lambda node: labels[node])
@@ -245,7 +245,7 @@ def test_nodes_without_a_label_share_no_domain() -> None:
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=60), wishes)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_group_stays_in_one_network(networks: list[int], protect: str) -> None:
     wanted = roster(len(networks), protect, labels=lambda node: {"nic": f"ib{networks[node]}"})
     planned = plan_groups(wanted)
@@ -277,7 +277,7 @@ label_maps = st.dictionaries(
 
 
 @given(st.lists(st.tuples(label_maps, caps), min_size=1, max_size=60), wishes, st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nodes_that_replace_others_take_their_positions(
     nodes: list[tuple[dict[str, str], str]], protect: str, seed: int
 ) -> None:
@@ -297,7 +297,7 @@ def test_nodes_that_replace_others_take_their_positions(
 
 
 @given(st.lists(label_maps, min_size=2, max_size=40), wishes, st.integers(0, 2**32))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_order_of_entries_and_of_labels_does_not_matter(
     labels: list[dict[str, str]], protect: str, seed: int
 ) -> None:

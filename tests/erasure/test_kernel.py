@@ -69,7 +69,7 @@ def test_the_table_of_products_is_that_of_the_polynomial() -> None:
 
 
 @given(st.integers(1, 12), st.integers(0, 2**32))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_inverse_is_one_from_both_sides(size: int, seed: int) -> None:
     matrix = random_bytes(seed, size, size)
     try:
@@ -94,7 +94,7 @@ def test_a_matrix_without_an_inverse_is_refused() -> None:
     shifts=st.lists(st.integers(0, 63), min_size=29, max_size=29),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_kernels_agree_at_any_length_and_alignment_and_write_nothing_else(
     rows: int, columns: int, size: int, shifts: list[int], seed: int
 ) -> None:

@@ -58,7 +58,7 @@ def test_what_is_recoverable_is_what_leaves_k_fragments_of_each_stripe(geometry:
 
 
 @given(geometries, st.integers(0, 2**32))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_m_positions_may_be_lost_and_no_more(geometry: Geometry, seed: int) -> None:
     stripes = Stripes(geometry, 1)
     order = list(range(stripes.n))

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.errors import Corrupt, FormatTooNew, InvalidRequest
@@ -95,13 +95,11 @@ def groups(draw):
     return GroupRecord(run, snapshot, Geometry(len(members) - m, m), block_bytes, tuple(members))
 
 
-@settings(deadline=None)
 @given(any_image)
 def test_an_image_record_is_decoded_to_what_was_encoded(image: ImageRecord) -> None:
     assert decode_image(encode_image(image), "test") == image
 
 
-@settings(deadline=None)
 @given(groups())
 def test_a_group_record_is_decoded_to_what_was_encoded_and_keeps_its_key(record: GroupRecord) -> None:
     again = decode_group(encode_group(record), "test")
@@ -110,7 +108,6 @@ def test_a_group_record_is_decoded_to_what_was_encoded_and_keeps_its_key(record:
     assert again.image_blocks == tuple(image.blocks for image in record.images)
 
 
-@settings(deadline=None)
 @given(groups(), st.data())
 def test_damaged_records_are_refused_or_are_exactly_what_they_say(record: GroupRecord, data: st.DataObject) -> None:
     damaged = bytearray(encode_group(record))
@@ -123,7 +120,6 @@ def test_damaged_records_are_refused_or_are_exactly_what_they_say(record: GroupR
     assert encode_group(decoded) == damaged
 
 
-@settings(deadline=None)
 @given(st.binary() | st.text().map(str.encode))
 def test_what_is_not_a_record_is_corrupt(data: bytes) -> None:
     with pytest.raises(Corrupt, match="somewhere: image record"):
@@ -136,7 +132,6 @@ def test_json_that_is_nested_without_end_is_corrupt() -> None:
 
 
 # --- where blocks lie ---------------------------------------------------------------------------------------------
-@settings(deadline=None)
 @given(any_image, st.data())
 def test_extents_are_the_blocks_of_payloads_and_tables_in_turn(image: ImageRecord, data: st.DataObject) -> None:
     first, blocks = data.draw(st.integers(0, image.blocks + 2)), data.draw(st.integers(0, 2 * image.blocks + 2))

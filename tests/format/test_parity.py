@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from crc32c import crc32c
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.errors import Corrupt, FormatTooNew, InvalidRequest
@@ -40,7 +40,6 @@ def file_of(header: ParityHeader, digest: int = DIGEST) -> bytearray:
     return file
 
 
-@settings(deadline=None)
 @given(st.integers(2, 30), st.data())
 def test_a_header_is_decoded_to_what_was_encoded(members: int, data: st.DataObject) -> None:
     m = data.draw(st.integers(1, members - 1))

@@ -92,13 +92,13 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(trees)
 def test_every_tree_comes_back_in_type_and_value(tree):
     assert is_same(round_trip(tree), tree)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_bytes_that_are_no_tree_are_corrupt_and_nothing_else(data):
     with contextlib.suppress(Corrupt):

@@ -287,7 +287,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestLedgerMachine.settings = settings(max_examples=80, stateful_step_count=40)
 
 
 @given(
@@ -297,7 +297,7 @@ TestLedgerMachine.settings = settings(max_examples=80, stateful_step_count=40, d
     slots=st.integers(2, 4),
     has_tier=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ranks_that_skip_at_random_go_on_staging_for_ever(
     seed: int, world_size: int, skips: float, slots: int, has_tier: bool
 ) -> None:

@@ -75,7 +75,7 @@ def test_a_small_change_of_pace_changes_no_schedule() -> None:
 
 
 @given(every=wishes, persist=wishes, reports=reports)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_schedule_only_ever_changes_in_the_future(
     every: Wish, persist: Wish, reports: list[tuple[int, int, float, float]]
 ) -> None:
@@ -101,7 +101,6 @@ def test_a_schedule_only_ever_changes_in_the_future(
         assert froms == sorted(froms)
 
 
-@settings(deadline=None)
 @given(every=st.integers(1, 50), persist=st.integers(1, 200), step_s=st.floats(1e-3, 10))
 def test_a_durable_interval_in_steps_always_meets_due_steps(every: int, persist: int, step_s: float) -> None:
     """Whatever the two intervals are, some due step is durable, and not later than asked for by more than one due

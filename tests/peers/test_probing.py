@@ -77,7 +77,7 @@ class Nodes:
 
 
 # --- the rounds ---------------------------------------------------------------------------------------------------
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(4, 17), st.integers(0, 16), st.booleans())
 def test_a_slow_or_dead_node_is_named_and_no_other_whatever_the_count(count: int, which: int, is_dead: bool) -> None:
     guilty = frozenset({f"n{which % count:02}"})
@@ -87,7 +87,7 @@ def test_a_slow_or_dead_node_is_named_and_no_other_whatever_the_count(count: int
     assert (verdict.slowdown is None) == is_dead
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 17))
 def test_no_node_is_in_two_measurements_at_once_and_each_is_measured_in_both_rounds(count: int) -> None:
     nodes = Nodes(count)
@@ -179,7 +179,7 @@ def test_the_speed_of_this_node_is_measured() -> None:
 
 # --- bytes --------------------------------------------------------------------------------------------------------
 @given(st.integers(0, 2 << 20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_as_many_bytes_are_echoed_as_were_asked_for(size_bytes: int) -> None:
     assert sum(len(part.payload) for part in echo(size_bytes)) == size_bytes
 

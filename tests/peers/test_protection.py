@@ -212,7 +212,7 @@ class ProtectionMachine(RuleBasedStateMachine):
 
 
 TestProtectionMachine = ProtectionMachine.TestCase
-TestProtectionMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestProtectionMachine.settings = settings(max_examples=80, stateful_step_count=40)
 
 
 class Nodes:
@@ -266,7 +266,7 @@ def disturbed(seed: int, count: int) -> tuple[Protection, Nodes]:
 
 
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_newest_step_is_protected_once_every_node_reports(seed: int, count: int) -> None:
     book, nodes = disturbed(seed, count)
     nodes.fails, nodes.gone = 0.0, set()
@@ -277,7 +277,7 @@ def test_the_newest_step_is_protected_once_every_node_reports(seed: int, count: 
 
 
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_silent_node_never_blocks_and_every_newer_step_gets_its_attempt(seed: int, count: int) -> None:
     book, nodes = disturbed(seed, count)
     silent = nodes.rng.choice(NODES[:count])

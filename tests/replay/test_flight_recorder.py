@@ -75,7 +75,7 @@ def test_devices_that_failed_are_named(tmp_path: Path, layout: tuple[int, int, i
     assert {fault.evidence["reason"] for fault in faults} == {"stuck"}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     layout=st.sampled_from([(1, 1, 2), (4, 1, 2), (1, 4, 1), (2, 2, 2), (2, 3, 2)]),
     root=st.integers(0, 11),

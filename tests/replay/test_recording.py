@@ -123,7 +123,7 @@ def rewrite(path: Path, change: dict[str, Any]) -> None:
             file.writestr(name, data)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(recordings())
 def test_what_is_read_is_what_was_written(recording: Recording) -> None:
     with TemporaryDirectory() as folder:
@@ -183,7 +183,7 @@ def test_a_head_that_contradicts_itself_is_damage_of_that_file(tmp_path: Path, c
         read_recording(path)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_damaged_file_is_never_read_as_another_recording(data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:

@@ -118,7 +118,7 @@ def histories(draw: st.DrawFn) -> tuple[list[Available], dict[Incarnation, Ances
 
 
 @given(histories())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_candidates_are_exactly_what_is_left_of_the_chain(
     history: tuple[list[Available], dict[Incarnation, Ancestor], set[SnapshotId]],
 ) -> None:
